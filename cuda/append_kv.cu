@@ -19,12 +19,15 @@
 #include <cstdint>
 
 #include "ffi.h"
+#include "mla.cuh"
+#include "sm90/cta.cuh"
 
 namespace jax_flashmla {
 namespace {
 
 constexpr char kOp[] = "append_kv_cache";
-constexpr int kWarpSize = 32;
+using sm90::kWarpSize;
+
 constexpr int kWarps = 4;           // a block; few, so that a small append spreads over many SMs
 constexpr int kVectorsPerLane = 4;  // 64 bytes in flight a lane saturate HBM
 constexpr int kSegmentVectors = kWarpSize * kVectorsPerLane;
@@ -45,12 +48,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   // The kernel before this one may still be writing new_kv or reading the cache. For the same
   // reason the loads below must not take the path for data that is constant during the kernel:
   // the pointers are not declared __restrict__.
-  cudaGridDependencySynchronize();
-  cudaTriggerProgrammaticLaunchCompletion();
+  sm90::WaitForPriorKernels();
+  sm90::AllowNextKernel();
 
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int64_t num_segments = params.num_tokens * segments;
+#pragma unroll 1
   for (int64_t index = int64_t{blockIdx.x} * kWarps + warp; index < num_segments;
        index += int64_t{gridDim.x} * kWarps) {
     const int64_t token = segments == 1 ? index : index / segments;
@@ -75,8 +79,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 template <typename Vector>
 ffi::Error LaunchWith(cudaStream_t stream, const AppendParams& params) {
   const int64_t row_vectors = params.row_bytes / static_cast<int64_t>(sizeof(Vector));
-  const int64_t segments = (row_vectors + kSegmentVectors - 1) / kSegmentVectors;
-  const int64_t blocks = (params.num_tokens * segments + kWarps - 1) / kWarps;
+  const int64_t segments = CeilDiv<int64_t>(row_vectors, kSegmentVectors);
+  const int64_t blocks = CeilDiv<int64_t>(params.num_tokens * segments, kWarps);
   return LaunchOverlapped(kOp, stream, dim3(std::min(blocks, kMaxBlocks)), dim3(kWarps * kWarpSize),
                           0, AppendKvKernel<Vector>, params, row_vectors, segments);
 }

@@ -84,7 +84,7 @@ inline ffi::Error CheckArgument(bool condition, const char* op, const std::strin
 }
 
 // Launches `kernel` so that its blocks may start while the kernel before it in the stream still
-// runs: it must call cudaGridDependencySynchronize before it reads or writes global memory.
+// runs: it must wait for that kernel before it touches global memory.
 template <typename... Parameters, typename... Arguments>
 ffi::Error LaunchOverlapped(const char* op, cudaStream_t stream, dim3 grid, dim3 block,
                             size_t shared_bytes, void (*kernel)(Parameters...),

@@ -1,0 +1,47 @@
+# make demo, make test: everything from a fresh checkout. PYTHON chooses the interpreter
+# (3.11 to 3.14); without it, the first of them that is found.
+PYTHON ?= $(firstword $(shell command -v python3.12 python3.13 python3.14 python3.11 python3))
+VENV ?= .venv
+# An NVIDIA GPU here wants jax's CUDA libraries too.
+EXTRAS ?= test$(if $(shell command -v nvidia-smi),$(comma)cuda13)
+PYTEST_ARGS ?=
+
+comma := ,
+bin := $(VENV)/bin
+version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+installed := $(VENV)/installed-$(version)-$(subst $(comma),-,$(EXTRAS))
+compiled := pyproject.toml CMakeLists.txt $(shell find cmake cuda -type f)
+
+.PHONY: demo test test-gpu lint format clean
+
+demo: $(installed)
+	$(bin)/python examples/decode_loop.py
+
+test: $(installed)
+	JAX_PLATFORMS=cpu $(bin)/pytest -n auto --maxprocesses 8 -m "not gpu" $(PYTEST_ARGS)
+
+# On a machine with a Hopper GPU; without one it fails.
+test-gpu: $(installed)
+	JAX_FLASHMLA_REQUIRE_GPU=1 $(bin)/pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(installed)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run -Werror $(filter %.cu %.cuh %.h %.cc,$(compiled))
+
+format: $(installed)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(filter %.cu %.cuh %.h %.cc,$(compiled))
+
+clean:
+	rm -rf $(VENV) build dist
+
+# The install is editable: a change to Python code needs no other, a change to what is compiled
+# makes one. A venv of another Python is made anew.
+$(installed): $(compiled)
+	[ "$$($(bin)/python -V 2>&1)" = "$$($(PYTHON) -V)" ] || $(PYTHON) -m venv --clear $(VENV)
+	rm -f $(VENV)/installed-*
+	$(bin)/python -m pip install --verbose --disable-pip-version-check \
+	  --config-settings cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable '.[$(EXTRAS)]'
+	touch $@
