@@ -6,8 +6,9 @@ PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3
   && echo $$python && break; done)
 endif
 VENV ?= .venv
-# An NVIDIA GPU here wants jax's CUDA libraries too.
-EXTRAS ?= test$(if $(wildcard /dev/nvidia0),$(comma)cuda13)
+gpu := $(wildcard /dev/nvidiactl)
+# jax finds a GPU only with CUDA's libraries; without them its plugin would complain.
+EXTRAS ?= test$(if $(gpu),$(comma)cuda13)
 PYTEST_ARGS ?=
 
 comma := ,
@@ -23,7 +24,7 @@ endif
 .PHONY: demo test test-gpu lint format clean
 
 demo: $(installed)
-	$(bin)/python examples/decode_loop.py
+	$(if $(gpu),,JAX_PLATFORMS=cpu) $(bin)/python examples/decode_loop.py
 
 test: $(installed)
 	JAX_PLATFORMS=cpu $(bin)/pytest -n auto --maxprocesses 8 -m "not gpu" $(PYTEST_ARGS)
