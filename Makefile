@@ -1,11 +1,12 @@
 # make demo, make test: everything from a fresh checkout. PYTHON chooses the interpreter (3.11 to
-# 3.14); without it, the first below that is new enough and can make a venv.
+# 3.14); without it, that of the venv, else the first below that is new enough and can make one.
+VENV ?= .venv
 ifndef PYTHON
-PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+pythons := $(VENV)/bin/python python3 python3.14 python3.13 python3.12 python3.11
+PYTHON := $(shell for python in $(pythons); do \
   $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
   && echo $$python && break; done)
 endif
-VENV ?= .venv
 gpu := $(wildcard /dev/nvidiactl)
 # jax finds a GPU only with CUDA's libraries; without them its plugin would complain.
 EXTRAS ?= test$(if $(gpu),$(comma)cuda13)
