@@ -128,9 +128,9 @@ class Bench:
             submit((key, "draw"), shapes.draw)
             submit((key, "metadata"), shapes.metadata, implementation)
             submit((key, "given"), shapes.round, implementation, False)
+            submit((key, "made"), shapes.round, implementation, True)
             if self.options.profile:
                 continue
-            submit((key, "made"), shapes.round, implementation, True)
             submit((key, "errors"), shapes.errors, self.outs_checked(case))
             if self.has_baseline(case):
                 submit((key, "xla-metadata"), shapes.metadata, "xla")
@@ -209,19 +209,24 @@ class Bench:
         return row
 
     def profile(self, case):
-        """The kernels of one round, ours and the peer's; the largest overlap of our calls."""
+        """Prints the kernels of one round each; returns the largest overlap of our calls."""
         inputs, peer = self.inputs(case), self.peer_for(case)
-        given = self.given(case, inputs)
-        memory = self.compiler[case.shape_key, "given"].memory_analysis()
-        calls = self.calls(case)
-        print(f"{case.name}: {memory.temp_size_in_bytes / 1e6:.1f} MB of scratch for {calls} calls")
-        lines, found = overlap.summarize(overlap.record(given.round), calls)
-        print("\n".join(["  ours", *lines]), flush=True)
+        found = []
+        for kind, make in {"given": self.given, "made": self.made}.items():
+            op_round = make(case, inputs)
+            scratch = self.compiler[case.shape_key, kind].memory_analysis().temp_size_in_bytes
+            title = f"{case.name}, ours, metadata {kind}, {scratch / 1e6:.1f} MB of scratch in all"
+            found.append(print_kernels(title, op_round.round))
         if peer is not None:
             round_, *_ = peer.prepare(case, inputs.pool, inputs.qs, inputs.tables, inputs.lengths)
-            lines, _ = overlap.summarize(overlap.record(round_), calls)
-            print("\n".join([f"  {peer.name}", *lines]), flush=True)
-        return found
+            print_kernels(f"{case.name}, {peer.name}", round_)
+        return max((value for value in found if value is not None), default=None)
+
+
+def print_kernels(title, round_):
+    lines, found = overlap.summarize(overlap.record(round_), round_.calls)
+    print("\n".join([title, *lines]), flush=True)
+    return found
 
 
 HEADER = (
@@ -277,6 +282,20 @@ def run_all(bench, results, started):
     results.save()
 
 
+def profile_all(bench):
+    """Profiles every case; status 1 if calls of ours overlap or none could be profiled."""
+    found = []
+    for case in bench.cases:
+        try:
+            found.append(bench.profile(case))
+        except Exception:
+            traceback.print_exc()
+    known = [value for value in found if value is not None]
+    worst = max(known, default=math.nan)
+    print(f"largest overlap of two of our calls, {len(known)} cases: {worst:.2f} us")
+    return 0 if worst <= 0 else 1
+
+
 def print_summary(rows):
     groups = collections.defaultdict(list)
     for row in rows:
@@ -301,10 +320,7 @@ def main(options):
     bench.compile()
     print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
     if options.profile:
-        found = [bench.profile(case) for case in cases]
-        known = [value for value in found if value is not None]
-        print(f"largest overlap of two of our calls: {max(known, default=math.nan):.2f} us")
-        return 0
+        return profile_all(bench)
     results = Results(options.out, options.append, name, commit_of(options))
     if not options.quick:
         results.data["ceilings"] = ceilings.measure(bench.pool, 256 if options.smoke else 8192)

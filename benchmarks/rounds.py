@@ -52,8 +52,12 @@ def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementat
     """All calls of a round. `lengths` is a list: one array for all calls, or one for each."""
     results = []
     for i, (q, table) in enumerate(zip(qs, tables, strict=True)):
+        lens = lengths[i % len(lengths)]
+        if results and not metadata:
+            # The metadata of this call waits for the last call too.
+            lens, results[-1] = jax.lax.optimization_barrier((lens, results[-1]))
         result = flash_mla_with_kvcache(
-            q, pool, table, lengths[i % len(lengths)], HEAD_DIM_V, *metadata,
+            q, pool, table, lens, HEAD_DIM_V, *metadata,
             causal=case.causal, implementation=implementation,
         )  # fmt: skip
         results.append(result)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 @dataclasses.dataclass
 class Round:
-    """A unit of work: `enqueue` starts the calls of one round without waiting, `wait` waits for all of them."""
+    """One round: `enqueue` starts its calls, `wait` returns when they and all before have ended."""
 
     calls: int
     enqueue: Callable[[], None]
