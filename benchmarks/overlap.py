@@ -68,7 +68,8 @@ def summarize(kernels, calls):
     """Lines that say what ran, and the largest overlap of two calls in microseconds."""
     by_name = collections.defaultdict(list)
     for name, start, end in kernels:
-        by_name[name.split("(")[0][:90]].append(end - start)
+        short = name.replace("(anonymous namespace)::", "").split("(")[0][:90]
+        by_name[short].append(end - start)
     lines = [
         f"  {len(times):5d} x {statistics.median(times):9.2f} us  {name}"
         for name, times in by_name.items()

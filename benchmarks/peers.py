@@ -2,11 +2,19 @@
 
 import os
 import pathlib
+import typing
 
 from timing import Round
 from workloads import HEAD_DIM_K, HEAD_DIM_V
 
 FLASHMLA_NAME = "FlashMLA (vllm 0.26.0)"
+
+
+class Outputs(typing.NamedTuple):
+    """What a peer's round writes, as JAX arrays: one for each call."""
+
+    outs: list
+    lses: list
 
 
 def find_flashmla(option=None):
@@ -35,7 +43,6 @@ class FlashMLA:
 
         torch.ops.load_library(str(path))
         self._op = torch.ops._flashmla_C.dense_decode_fwd
-        self._pools = {}
 
     def supports(self, case):
         return case.page_block_size == 64
@@ -47,10 +54,10 @@ class FlashMLA:
         )
 
     def prepare(self, case, pool, qs, tables, lengths):
-        """A round of one call on each input set, and its outputs as JAX arrays.
+        """(a round of one call on each input set, its Outputs).
 
         All arguments are JAX arrays that torch reads in place; the metadata is made here,
-        outside the round. Returns (Round, outs, lses).
+        outside the round.
         """
         import jax
         import torch
@@ -85,4 +92,5 @@ class FlashMLA:
         outs = [jax.dlpack.from_dlpack(result[0].contiguous()) for result in results]
         lses = [jax.dlpack.from_dlpack(result[1].contiguous()) for result in results]
         keep = (pool, lengths, inputs, metadata, splits, results)
-        return Round(len(inputs), graph.replay, torch.cuda.synchronize, keep), outs, lses
+        round_ = Round(len(inputs), graph.replay, torch.cuda.synchronize, keep)
+        return round_, Outputs(outs, lses)

@@ -241,7 +241,8 @@ def draw_panel(axis, key, rows):
         ("best peer, stored figure", [best_stored_us(row) for row in rows], "|", "#808080"),
     ]
     for label, times, marker, color in series:
-        axis.plot(share(times), places, marker, color=color, label=label, markersize=6)
+        size = 11 if marker == "|" else 6
+        axis.plot(share(times), places, marker, color=color, label=label, markersize=size)
     axis.set_yticks(places, [name_of(row) for row in rows], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlim(0, 105)

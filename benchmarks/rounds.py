@@ -27,8 +27,9 @@ MAX_POOL_TOKENS = 67584 * 64  # 5 GB; a case that needs more gets more
 ORACLE_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-def make_pool(cases, calls, dtype):
-    """One random pool, [tokens, 576], that serves all cases."""
+def make_pool(cases, calls):
+    """One random pool, [pages, page_block_size, 1, 576], that serves all cases of one dtype."""
+    dtype, page = DTYPES[cases[0].dtype], cases[0].page_block_size
     tokens = 0
     for case in cases:
         one = case.pages() * case.page_block_size
@@ -39,7 +40,8 @@ def make_pool(cases, calls, dtype):
     @jax.jit
     def draw(key):
         normal = functools.partial(jax.random.normal, shape=(chunk, HEAD_DIM_K), dtype=dtype)
-        return jax.lax.map(normal, jax.random.split(key, chunks)).reshape(-1, HEAD_DIM_K)
+        drawn = jax.lax.map(normal, jax.random.split(key, chunks))
+        return drawn.reshape(-1, page, 1, HEAD_DIM_K)
 
     return draw(jax.random.key(0))
 
@@ -67,7 +69,7 @@ def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementat
 class Shapes:
     """The compiled functions of one shape key."""
 
-    def __init__(self, case, pool_tokens, calls):
+    def __init__(self, case, pool_pages, calls):
         self.case, self.calls = case.shape_key, calls
         b, s, h, page = case.batch, case.s_q, case.h_q, case.page_block_size
         dtype, i32 = DTYPES[case.dtype], jnp.int32
@@ -75,7 +77,7 @@ class Shapes:
         self.q = struct((b, s, h, HEAD_DIM_K), dtype)
         self.out = struct((b, s, h, HEAD_DIM_V), dtype)
         self.lse = struct((b, h, s), jnp.float32)
-        self.pool = struct((pool_tokens // page, page, 1, HEAD_DIM_K), dtype)
+        self.pool = struct((pool_pages, page, 1, HEAD_DIM_K), dtype)
         self.table = struct((b, case.table_width), i32)
         self.lengths = struct((b,), i32)
 
@@ -146,9 +148,8 @@ class Inputs:
     """The input sets of one case, on the device."""
 
     def __init__(self, case, draw, pool, calls):
-        page = case.page_block_size
-        self.pool = pool.reshape(-1, page, 1, HEAD_DIM_K)
-        tables = page_tables(case, self.pool.shape[0], calls)
+        self.pool = pool
+        tables = page_tables(case, pool.shape[0], calls)
         self.tables = [jax.device_put(table) for table in tables]
         self.lengths = jnp.asarray(case.lengths(), jnp.int32)
         self._draw = draw
