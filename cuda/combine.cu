@@ -6,11 +6,11 @@
 // Floor: split requests number fewer than the parts, so at most 2 * parts * rows * 2 KB are read,
 // mostly from L2.
 //
-// Schedule: a request is found through its second part: part p >= 1 begins inside a request and is
-// the first to do so. The grid is (boundaries between parts) x (KV heads) x (groups of rows), and
-// most blocks leave at once where few requests are split. Two shapes of work, by what is known at
-// launch: with many requests a part has few splits of each, and a warp makes a whole row; with few
-// requests a block makes a quarter of one row, its warps sharing the splits.
+// Schedule: a block looks at one request, or, where there are more requests than parts, at one
+// boundary between parts: it lies inside a request, and is the first to do so, or not. Blocks that
+// find nothing to do leave at once. Two shapes of work, by what is known at launch: with many
+// requests a part has few splits of each, and a warp makes a whole row; with few requests a block
+// makes a quarter of one row, its warps sharing the splits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -42,16 +42,21 @@ struct SplitRequest {
   }
 };
 
-// The request that is split and whose second part is `part`, if there is one.
-__device__ __forceinline__ bool FindSplitRequest(const CombineParams& params, int part,
-                                                 SplitRequest* found) {
-  const TileSchedule& schedule = params.schedule;
+// Whether `request` is split.
+__device__ __forceinline__ bool FindByRequest(const TileSchedule& schedule, int request,
+                                              SplitRequest* found) {
+  found->request = request;
+  found->first_part = schedule.first_part[request];
+  found->splits = schedule.num_splits[request + 1] - schedule.num_splits[request];
+  return found->splits > 1;
+}
+
+// Whether part `part` is the second of the parts that share a request.
+__device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int part,
+                                           SplitRequest* found) {
   const PartBound bound = schedule.part_bounds[part];
-  if (bound.tile == 0) return false;
-  found->request = bound.request;
-  found->first_part = schedule.first_part[bound.request];
-  found->splits = schedule.num_splits[bound.request + 1] - schedule.num_splits[bound.request];
-  return part == found->first_part + 1;
+  return bound.tile > 0 && FindByRequest(schedule, bound.request, found) &&
+         part == found->first_part + 1;
 }
 
 // log2 of the sum of 2^lse over the splits, by the 32 lanes of a warp; NaN if any is NaN.
@@ -81,25 +86,29 @@ __device__ __forceinline__ float TotalLse(const CombineParams& params, const Spl
   return sum == 0.f ? -INFINITY : log2f(sum) + (largest == -INFINITY ? 0.f : largest);
 }
 
-// Adds to `sum` the share of splits first, first + step, ... in columns `column` .. + 3.
+// Adds to `sum` the share of splits first, first + step, ... in columns `column` .. + 3 of each
+// block of 128. A split that saw no key holds zeros.
 template <int kBlocks>
 __device__ __forceinline__ void AddSplits(const CombineParams& params, const SplitRequest& request,
                                           int kv_head, int row, float total, int first, int step,
                                           int column, float4 (&sum)[kBlocks]) {
-#pragma unroll 4
+#pragma unroll 2
   for (int split = first; split < request.splits; split += step) {
     const int64_t partial = request.PartialRow(params, split, kv_head, row);
-    const float lse = params.lse_partial[partial];
-    if (lse == -INFINITY) continue;
-    const float weight = Exp2(lse - total);
     const float* o = params.o_partial + partial * kHeadDimV + column;
+    float4 x[kBlocks];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
-      const float4 x = *reinterpret_cast<const float4*>(o + j * kWarpColumns);
-      sum[j].x = fmaf(weight, x.x, sum[j].x);
-      sum[j].y = fmaf(weight, x.y, sum[j].y);
-      sum[j].z = fmaf(weight, x.z, sum[j].z);
-      sum[j].w = fmaf(weight, x.w, sum[j].w);
+      x[j] = *reinterpret_cast<const float4*>(o + j * kWarpColumns);
+    }
+    const float lse = params.lse_partial[partial];
+    const float weight = lse == -INFINITY ? 0.f : Exp2(lse - total);
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      sum[j].x = fmaf(weight, x[j].x, sum[j].x);
+      sum[j].y = fmaf(weight, x[j].y, sum[j].y);
+      sum[j].z = fmaf(weight, x[j].z, sum[j].z);
+      sum[j].w = fmaf(weight, x[j].w, sum[j].w);
     }
   }
 }
@@ -164,16 +173,18 @@ __device__ __forceinline__ void CombineQuarterRow(const CombineParams& params,
   if (lane == 0 && quarter == 0) WriteLse(params, request.request, kv_head, row, total);
 }
 
-// Grid: (num_parts - 1) * h_kv * units, unit fastest: 8 rows of a warp each, or a quarter row.
+// Grid: candidates * h_kv * units, unit fastest: 8 rows, of a warp each, or a quarter of a row.
 template <typename T, bool kQuarterRows>
 __global__ void __launch_bounds__(kThreads)
-    CombineKernel(const __grid_constant__ CombineParams params, int units) {
+    CombineKernel(const __grid_constant__ CombineParams params, int units, bool by_request) {
   sm90::WaitForPriorKernels();
   const int unit = blockIdx.x % units;
   const int kv_head = blockIdx.x / units % params.num_kv_heads;
-  const int part = blockIdx.x / units / params.num_kv_heads + 1;
+  const int candidate = blockIdx.x / units / params.num_kv_heads;
   SplitRequest request;
-  if (!FindSplitRequest(params, part, &request)) return;
+  const bool found = by_request ? FindByRequest(params.schedule, candidate, &request)
+                                : FindByPart(params.schedule, candidate + 1, &request);
+  if (!found) return;
   if constexpr (kQuarterRows) {
     CombineQuarterRow<T>(params, request, kv_head, unit / kColumnBlocks, unit % kColumnBlocks);
   } else {
@@ -186,16 +197,19 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
+  constexpr const char* kOp = "flash_mla_with_kvcache";
   const int boundaries = params.schedule.num_parts - 1;
   if (boundaries == 0) return ffi::Error::Success();
   constexpr int kManySplits = 8;  // a request, on average
   const bool quarter_rows = params.schedule.num_parts > kManySplits * params.batch;
+  const bool by_request = params.batch <= boundaries;
   const int units = quarter_rows ? params.rows * kColumnBlocks : CeilDiv(params.rows, kWarps);
-  const int64_t blocks = int64_t{boundaries} * params.num_kv_heads * units;
-  JAX_FLASHMLA_CHECK(CheckGrid("flash_mla_with_kvcache", blocks));
-  return LaunchOverlapped(
-      "flash_mla_with_kvcache", stream, {.grid = dim3(blocks), .block = kThreads},
-      quarter_rows ? CombineKernel<T, true> : CombineKernel<T, false>, params, units);
+  const int64_t candidates = by_request ? params.batch : boundaries;
+  const int64_t blocks = candidates * params.num_kv_heads * units;
+  JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
+  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = kThreads},
+                          quarter_rows ? CombineKernel<T, true> : CombineKernel<T, false>, params,
+                          units, by_request);
 }
 
 template ffi::Error LaunchCombine<__nv_bfloat16>(const CombineParams&, cudaStream_t);

@@ -9,9 +9,10 @@
 // Plan. One block an SM, each with one row tile (64 query rows); blocks walk the pieces (a run of
 // key tiles of one request) that the tile schedule gives to their part. Four warpgroups:
 //
-//   load    one warp. Runs ahead of everything else, across requests: fills a ring of shared
-//           memory with half tiles of V columns (5 slots of 64 x 256), rope columns (3 slots of
-//           64 x 64) and, ahead of a piece's tiles, its queries.
+//   load    one warp plans: reads schedule, lengths and block table. One thread loads: fills a
+//           ring of shared memory with half tiles of V columns (5 slots of 64 x 256), rope columns
+//           (3 slots of 64 x 64) and, at the head of a piece, its queries. Both run ahead of
+//           everything else, across requests.
 //   score   holds 2/3 of Q in registers, S = Q K^T, softmax, writes P.
 //   value   two warpgroups, each holding O for 256 of the 512 columns: rescale, O += P V, output.
 //
@@ -27,11 +28,12 @@
 // Where there is an even number of row tiles, two blocks form a cluster, work on the same piece
 // and share its tiles: each loads every other chunk and multicasts it to both.
 //
-// Ordering. full barriers: the copy engine -> score and value; v_empty, rope_empty: their readers
-// -> load (of both blocks of a cluster, which both write); message_full, message_empty: P and the
-// row factors, score -> value; q_full, q_empty: piece and query tail, load -> score. The list of
-// pieces has kPieceSlots entries: load is at most one piece ahead of score, and score at most two
-// messages ahead of value, each piece being at least one message.
+// Ordering. A ring of buffers has a full and an empty barrier a slot:
+//   v, rope    load -> score (and value: v) -> load of both blocks of a cluster, as both write
+//   q_tail     load -> score -> load
+//   message    P and the row factors: score -> value -> score
+//   pages      plan -> load -> plan
+//   piece      plan -> load, score (value learns of it by the first message) -> value -> plan
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -67,17 +69,16 @@ constexpr int kValueSlots = 5;  // half tiles of V columns in shared memory
 constexpr int kRopeSlots = 3;
 constexpr int kMessageSlots = 2;
 constexpr int kPieceSlots = 4;
+constexpr int kPageBatches = 4;  // of one page id a lane
 
 constexpr int kValueWarpgroups = 2;
 constexpr int kScoreWarpgroup = 2, kLoadWarpgroup = 3;
+constexpr int kLoadWarp = 0, kPlanWarp = 1;  // of the load warpgroup
 constexpr int kThreads = 4 * kWarpgroupSize;
 constexpr int kWarpsPerWarpgroup = 4;
 // Registers a thread: 2 * kValue + kScore + kLoad = 65536 / 128.
 constexpr int kValueRegisters = 160, kScoreRegisters = 168, kLoadRegisters = 24;
 static_assert(2 * kValueRegisters + kScoreRegisters + kLoadRegisters == 65536 / kWarpgroupSize);
-
-// Score announces P(n) after this many chunks of S(n+1); the rest hides the handover.
-constexpr int kAnnounceAfterChunk = 7;
 
 // A run of key tiles of one request.
 struct Piece {
@@ -87,6 +88,16 @@ struct Piece {
   int32_t num_tiles;   // may be 0
   int32_t slot;        // of the partial result; -1: the request is not split
   int32_t invalid;     // a page id outside the pool, or a length beyond the table
+
+  // Its pages in the block table: from one up to, not including, the other.
+  __device__ __forceinline__ int FirstPage(int page_shift) const {
+    return static_cast<int>(int64_t{first_tile} * kTileTokens >> page_shift);
+  }
+  __device__ __forceinline__ int EndPage(int page_shift) const {
+    if (num_tiles == 0) return FirstPage(page_shift);
+    const int64_t end = min(int64_t{first_tile + num_tiles} * kTileTokens, int64_t{length});
+    return static_cast<int>((end - 1 >> page_shift) + 1);
+  }
 };
 
 template <typename T>
@@ -97,9 +108,12 @@ struct SharedMemoryPlan {
   SmemTile<T> p[kMessageSlots];
   float row_factor[kMessageSlots][kTileRows];
   Piece pieces[kPieceSlots];
-  Barrier v_full[kValueSlots][kHalfChunks], v_empty[kValueSlots];
+  int32_t pages[kPageBatches][kWarpSize];
+  Barrier v_full[kValueSlots], v_empty[kValueSlots];
   Barrier rope_full[kRopeSlots], rope_empty[kRopeSlots];
   Barrier message_full[kMessageSlots], message_empty[kMessageSlots];
+  Barrier piece_full[kPieceSlots], piece_empty[kPieceSlots];
+  Barrier pages_full[kPageBatches], pages_empty[kPageBatches];
   Barrier q_full, q_empty;
 };
 static_assert(sizeof(SharedMemoryPlan<__half>) <= 227 * 1024);
@@ -135,20 +149,29 @@ struct BlockWork {
   }
 };
 
-// Position in a ring of buffers, with the parity of its current round.
+// Position in a ring of buffers, and the parity of its current round, in one register.
 template <int kSlots>
-struct RingCursor {
-  int slot = 0;
-  uint32_t parity = 0;
-
+class RingCursor {
+ public:
+  __device__ __forceinline__ int Slot() const { return n_ < kSlots ? n_ : n_ - kSlots; }
+  __device__ __forceinline__ uint32_t Parity() const { return n_ >= kSlots; }
   __device__ __forceinline__ void Advance(int by = 1) {
-    slot += by;
-    if (slot >= kSlots) {
-      slot -= kSlots;
-      parity ^= 1;
-    }
+    n_ += by;
+    if (n_ >= 2 * kSlots) n_ -= 2 * kSlots;
   }
+
+ private:
+  int n_ = 0;
 };
+
+__device__ __forceinline__ bool IsFirstLane() { return threadIdx.x % kWarpSize == 0; }
+
+// Hides from the compiler what a value is computed from, so that it computes it where it is used
+// instead of keeping it in a register through the loops: value has none to spare.
+__device__ __forceinline__ int Opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // One warp tells the loaders of all blocks of the cluster that it has read a slot for good.
 template <int kClusterSize>
@@ -162,191 +185,206 @@ __device__ __forceinline__ void Release(Barrier* empty) {
   }
 }
 
-// ------------------------------------------------------------------------------------------ load
+// ------------------------------------------------------------------------------------------ plan
 
-// The page ids of one sequence, read ahead by 32 entries at a time, one a lane.
-class PageIds {
+// One warp, ahead of all others: reads the schedule, the lengths and the block table, so that
+// nobody else waits for global memory to know what to do.
+template <typename T>
+class Planner {
  public:
-  __device__ __forceinline__ PageIds(const int32_t* row, int max_blocks, int first)
-      : row_(row), max_blocks_(max_blocks), base_(first) {
-    current_ = Read(base_);
-    next_ = Read(base_ + kWarpSize);
-  }
-  // Entry `index`; indexes never decrease. All lanes call.
-  __device__ __forceinline__ int Get(int index) {
-    if (index >= base_ + kWarpSize) {
-      base_ += kWarpSize;
-      current_ = next_;
-      next_ = Read(base_ + kWarpSize);
+  __device__ __forceinline__ Planner(SharedMemoryPlan<T>& smem, const DecodeParams& params)
+      : smem_(smem), params_(params) {}
+
+  __device__ __forceinline__ void Run() {
+    const BlockWork work(params_);
+    int request = work.begin.request, first_tile = work.begin.tile;
+    for (int left = work.NumPieces(); left > 0; --left) {
+      const Piece piece = MakePiece(work, request, first_tile);
+      ++request;
+      first_tile = 0;
+      Wait(&smem_.piece_empty[piece_.Slot()], piece_.Parity() ^ 1);
+      if (IsFirstLane()) {
+        smem_.pieces[piece_.Slot()] = piece;
+        Arrive(&smem_.piece_full[piece_.Slot()]);
+      }
+      __syncwarp();
+      PlanPages(smem_.pieces[piece_.Slot()]);
+      piece_.Advance();
     }
-    return __shfl_sync(kFullWarp, current_, index - base_);
   }
 
  private:
-  __device__ __forceinline__ int Read(int first) const {
-    const int index = first + threadIdx.x % kWarpSize;
-    return index < max_blocks_ ? __ldg(row_ + index) : -1;
+  __device__ __forceinline__ Piece MakePiece(const BlockWork& work, int request, int first) const {
+    const TileSchedule& schedule = params_.schedule;
+    Piece piece;
+    piece.request = request;
+    const int64_t capacity = int64_t{params_.max_blocks} << params_.page_shift;
+    const int length = params_.cache_seqlens[piece.request];
+    const int splits = schedule.num_splits[piece.request + 1] - schedule.num_splits[piece.request];
+    piece.invalid = length > capacity;
+    piece.length = piece.invalid ? static_cast<int>(capacity) : max(length, 0);
+    const int tiles = piece.length / kTileTokens + (piece.length % kTileTokens != 0);
+    const int split = first == 0 ? 0 : work.part - schedule.first_part[piece.request];
+    // The last split runs to the actual length, whatever the schedule was made for.
+    const int last = split == splits - 1 ? tiles : min(work.end.tile, tiles);
+    piece.first_tile = min(first, tiles);
+    piece.num_tiles = max(last - piece.first_tile, 0);
+    piece.slot = splits == 1 ? -1 : PartialSlot(work.part, split);
+    return piece;
   }
 
-  const int32_t* row_;
-  int max_blocks_, base_, current_, next_;
+  // Page ids in batches of one a lane. An id outside the pool becomes -1, which loads zeros.
+  __device__ __forceinline__ void PlanPages(Piece& piece) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int32_t* row =
+        params_.block_table + static_cast<int64_t>(piece.request) * params_.max_blocks;
+    const int end = piece.EndPage(params_.page_shift);
+    for (int page = piece.FirstPage(params_.page_shift); page < end; page += kWarpSize) {
+      const bool needed = page + lane < end;
+      int id = needed ? row[page + lane] : -1;
+      const bool outside = needed && (id < 0 || id >= params_.num_blocks);
+      if (outside) id = -1;
+      const bool any_outside = __any_sync(kFullWarp, outside);
+      Wait(&smem_.pages_empty[pages_.Slot()], pages_.Parity() ^ 1);
+      smem_.pages[pages_.Slot()][lane] = id;
+      __syncwarp();
+      if (IsFirstLane()) {
+        if (any_outside) piece.invalid = 1;
+        Arrive(&smem_.pages_full[pages_.Slot()]);
+      }
+      pages_.Advance();
+    }
+  }
+
+  SharedMemoryPlan<T>& smem_;
+  const DecodeParams& params_;
+  RingCursor<kPieceSlots> piece_;
+  RingCursor<kPageBatches> pages_;
 };
 
-__device__ __forceinline__ Piece MakePiece(const DecodeParams& params, const BlockWork& work,
-                                           int index) {
-  const TileSchedule& schedule = params.schedule;
-  Piece piece;
-  piece.request = work.begin.request + index;
-  const int64_t capacity = int64_t{params.max_blocks} << params.page_shift;
-  const int length = __ldg(params.cache_seqlens + piece.request);
-  const int splits =
-      __ldg(schedule.num_splits + piece.request + 1) - __ldg(schedule.num_splits + piece.request);
-  piece.invalid = length > capacity;
-  piece.length = piece.invalid ? static_cast<int>(capacity) : max(length, 0);
-  const int tiles = piece.length / kTileTokens + (piece.length % kTileTokens != 0);
-  const int first = index == 0 ? work.begin.tile : 0;
-  const int split = first == 0 ? 0 : work.part - __ldg(schedule.first_part + piece.request);
-  // The last split runs to the actual length, whatever the schedule was made for.
-  const int last = split == splits - 1 ? tiles : min(work.end.tile, tiles);
-  piece.first_tile = min(first, tiles);
-  piece.num_tiles = max(last - piece.first_tile, 0);
-  piece.slot = splits == 1 ? -1 : PartialSlot(work.part, split);
-  return piece;
-}
+// ------------------------------------------------------------------------------------------ load
 
-// A tile's place in the cache: one box where pages hold whole tiles, else one a page.
-struct TileSource {
-  static constexpr int kMaxBoxes = 4;
-  int page[kMaxBoxes];
-  int boxes, row;
-};
-
+// One thread, which issues all copies.
 template <typename T, int kClusterSize>
 class Loader {
  public:
   __device__ __forceinline__ Loader(SharedMemoryPlan<T>& smem, const CUtensorMap& q_map,
                                     const CUtensorMap& k_map, const DecodeParams& params)
       : smem_(smem), q_map_(q_map), k_map_(k_map), params_(params) {
-    leader_ = threadIdx.x % kWarpSize == 0;
     if constexpr (kClusterSize > 1) turn_ = ClusterRank();
   }
 
   __device__ __forceinline__ void Run() {
     const BlockWork work(params_);
+    kv_head_ = work.kv_head;
     const int num_pieces = work.NumPieces();
     for (int i = 0; i < num_pieces; ++i) {
-      const Piece piece = MakePiece(params_, work, i);
-      Wait(&smem_.q_empty, (i & 1) ^ 1);
-      Piece& shared = smem_.pieces[i % kPieceSlots];
-      if (leader_) {
-        shared = piece;
-        ArriveExpectBytes(&smem_.q_full, piece.num_tiles ? kTailChunks * SmemTile<T>::kBytes : 0);
-      }
+      Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
+      const Piece& piece = smem_.pieces[piece_.Slot()];
+      piece_.Advance();
       if (piece.num_tiles == 0) continue;
-      LoadQueries(work, piece);
-      LoadTiles(work, piece, &shared.invalid);
+      LoadRegisterQueries(work.row_tile * kTileRows, piece.request);
+      OpenBatch(piece.FirstPage(params_.page_shift));
+      LoadTile(piece.first_tile);
+      // Behind the first tile: the last piece may still be using it, which holds up no key.
+      LoadTailQueries(work.row_tile * kTileRows, piece.request);
+      const int end = piece.first_tile + piece.num_tiles;
+      for (int t = piece.first_tile + 1; t < end; ++t) LoadTile(t);
+      CloseBatch();
     }
   }
 
  private:
   // The query chunks that score moves to registers pass through two half-tile slots.
-  __device__ __forceinline__ void LoadQueries(const BlockWork& work, const Piece& piece) {
-    const int row = work.row_tile * kTileRows;
-    if (leader_) {
-      for (int c = 0; c < kTailChunks; ++c) {
-        TmaLoad4d(&smem_.q_tail[c], &q_map_, &smem_.q_full, (kRegisterChunks + c) * kChunkColumns,
-                  row, work.kv_head, piece.request);
-      }
-    }
-    for (int half = 0; half < 2; ++half) {
-      Wait(&smem_.v_empty[v_.slot], v_.parity ^ 1);
-      if (leader_) {
-        for (int c = 0; c < kHalfChunks; ++c) {
-          Barrier* full = &smem_.v_full[v_.slot][c];
-          const int chunk = half * kHalfChunks + c;
-          if (chunk < kRegisterChunks) {
-            ArriveExpectBytes(full, SmemTile<T>::kBytes);
-            TmaLoad4d(&smem_.v[v_.slot][c], &q_map_, full, chunk * kChunkColumns, row, work.kv_head,
-                      piece.request);
-          } else {
-            Arrive(full);  // keeps the phases of a slot's chunks in step
-          }
-        }
+  __device__ __forceinline__ void LoadRegisterQueries(int row, int request) {
+#pragma unroll 1
+    for (int first = 0; first < kRegisterChunks; first += kHalfChunks) {
+      const int chunks = min(kHalfChunks, kRegisterChunks - first);
+      Barrier* full = &smem_.v_full[v_.Slot()];
+      Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
+      ArriveExpectBytes(full, chunks * SmemTile<T>::kBytes);
+#pragma unroll 1
+      for (int c = 0; c < chunks; ++c) {
+        TmaLoad4d(&smem_.v[v_.Slot()][c], &q_map_, full, (first + c) * kChunkColumns, row, kv_head_,
+                  request);
       }
       v_.Advance();
     }
   }
 
-  __device__ __forceinline__ void LoadTiles(const BlockWork& work, const Piece& piece,
-                                            int32_t* invalid) {
-    const int32_t* row =
-        params_.block_table + static_cast<int64_t>(piece.request) * params_.max_blocks;
-    PageIds pages(row, params_.max_blocks,
-                  static_cast<int>(int64_t{piece.first_tile} * kTileTokens >> params_.page_shift));
-    for (int t = piece.first_tile; t < piece.first_tile + piece.num_tiles; ++t) {
-      const TileSource source = Locate(pages, t, piece.length, invalid);
-      Wait(&smem_.rope_empty[rope_.slot], rope_.parity ^ 1);
-      LoadChunk(&smem_.rope[rope_.slot], &smem_.rope_full[rope_.slot], kChunks - 1, work, source);
-      rope_.Advance();
-      for (int half = 0; half < 2; ++half) {
-        Wait(&smem_.v_empty[v_.slot], v_.parity ^ 1);
-        for (int c = 0; c < kHalfChunks; ++c) {
-          LoadChunk(&smem_.v[v_.slot][c], &smem_.v_full[v_.slot][c], half * kHalfChunks + c, work,
-                    source);
-        }
-        v_.Advance();
-      }
-    }
-  }
-
-  // Pages that the sequence does not need, and invalid ids, become page -1, which loads zeros.
-  __device__ __forceinline__ TileSource Locate(PageIds& pages, int tile, int length,
-                                               int32_t* invalid) {
-    const int token = tile * kTileTokens;
-    const int page_size = 1 << params_.page_shift;
-    TileSource source;
-    source.row = token & (page_size - 1);
-    source.boxes = max(1, kTileTokens >> params_.page_shift);
+  __device__ __forceinline__ void LoadTailQueries(int row, int request) {
+    Wait(&smem_.q_empty, q_parity_ ^ 1);
+    q_parity_ ^= 1;
+    ArriveExpectBytes(&smem_.q_full, kTailChunks * SmemTile<T>::kBytes);
 #pragma unroll
-    for (int j = 0; j < TileSource::kMaxBoxes; ++j) {
-      if (j >= source.boxes) break;
-      const bool needed = token + j * page_size < length;
-      int id = pages.Get((token >> params_.page_shift) + j);
-      if (!needed) id = -1;
-      if (id < 0 || id >= params_.num_blocks) {
-        id = -1;
-        if (needed && leader_) *invalid = 1;
-      }
-      source.page[j] = id;
+    for (int c = 0; c < kTailChunks; ++c) {
+      TmaLoad4d(&smem_.q_tail[c], &q_map_, &smem_.q_full, (kRegisterChunks + c) * kChunkColumns,
+                row, kv_head_, request);
     }
-    return source;
   }
 
+  __device__ __forceinline__ void LoadTile(int tile) {
+    const int page = tile * kTileTokens >> params_.page_shift;
+    if (page == batch_end_) {
+      CloseBatch();
+      OpenBatch(page);
+    }
+    const int* ids = &smem_.pages[pages_.Slot()][page - (batch_end_ - kWarpSize)];
+    const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+    Wait(&smem_.rope_empty[rope_.Slot()], rope_.Parity() ^ 1);
+    ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], SmemTile<T>::kBytes);
+    LoadChunk(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1, ids, row);
+    rope_.Advance();
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      Barrier* full = &smem_.v_full[v_.Slot()];
+      Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
+      ArriveExpectBytes(full, kHalfChunks * SmemTile<T>::kBytes);
+#pragma unroll 1
+      for (int c = 0; c < kHalfChunks; ++c) {
+        LoadChunk(&smem_.v[v_.Slot()][c], full, half * kHalfChunks + c, ids, row);
+      }
+      v_.Advance();
+    }
+  }
+
+  // A batch of page ids, the first of which is that of page `page` of the sequence.
+  __device__ __forceinline__ void OpenBatch(int page) {
+    Wait(&smem_.pages_full[pages_.Slot()], pages_.Parity());
+    batch_end_ = page + kWarpSize;
+  }
+  __device__ __forceinline__ void CloseBatch() {
+    Arrive(&smem_.pages_empty[pages_.Slot()]);
+    pages_.Advance();
+  }
+
+  // In one box where pages hold whole tiles, else in one box a page.
   __device__ __forceinline__ void LoadChunk(SmemTile<T>* tile, Barrier* full, int chunk,
-                                            const BlockWork& work, const TileSource& source) {
-    const bool mine = kClusterSize == 1 || (turn_++ & 1) == 0;
-    if (!leader_) return;
-    ArriveExpectBytes(full, SmemTile<T>::kBytes);
-    if (!mine) return;
-#pragma unroll
-    for (int j = 0; j < TileSource::kMaxBoxes; ++j) {
-      if (j >= source.boxes) break;
-      T* destination = tile->data + (j * SmemTile<T>::kColumns << params_.page_shift);
+                                            const int* ids, int row) {
+    if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block's turn
+    const int page_tokens = min(1 << params_.page_shift, kTileTokens);
+    T* destination = tile->data;
+#pragma unroll 1
+    for (int j = 0; j < kTileTokens; j += page_tokens) {
       if constexpr (kClusterSize == 1) {
-        TmaLoad4d(destination, &k_map_, full, chunk * kChunkColumns, work.kv_head, source.row,
-                  source.page[j]);
+        TmaLoad4d(destination, &k_map_, full, chunk * kChunkColumns, kv_head_, row, *ids);
       } else {
         TmaLoadMulticast4d(destination, &k_map_, full, (1 << kClusterSize) - 1,
-                           chunk * kChunkColumns, work.kv_head, source.row, source.page[j]);
+                           chunk * kChunkColumns, kv_head_, row, *ids);
       }
+      ++ids;
+      destination += page_tokens * kChunkColumns;
     }
   }
 
   SharedMemoryPlan<T>& smem_;
   const CUtensorMap &q_map_, &k_map_;
   const DecodeParams& params_;
-  bool leader_;
-  uint32_t turn_ = 0;
+  int kv_head_;
+  uint32_t turn_ = 0, q_parity_ = 0;
+  int batch_end_;  // the page of the sequence behind the open batch of page ids
+  RingCursor<kPieceSlots> piece_;
+  RingCursor<kPageBatches> pages_;
   RingCursor<kValueSlots> v_;
   RingCursor<kRopeSlots> rope_;
 };
@@ -364,15 +402,20 @@ class Scorer {
     const int num_pieces = work.NumPieces();
     const int first_row = work.row_tile * kTileRows;
     for (int i = 0; i < num_pieces; ++i) {
-      Wait(&smem_.q_full, i & 1);
-      const int num_tiles = smem_.pieces[i % kPieceSlots].num_tiles;
-      const int first_tile = smem_.pieces[i % kPieceSlots].first_tile;
-      const int length = smem_.pieces[i % kPieceSlots].length;
+      Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
+      const Piece& piece = smem_.pieces[piece_.Slot()];
+      piece_.Advance();
+      const int num_tiles = piece.num_tiles, first_tile = piece.first_tile;
+      const int length = piece.length;
       const int visible[2] = {VisibleKeys(first_row + FragmentRow(), length),
                               VisibleKeys(first_row + FragmentRow() + 8, length)};
       const int all_visible = VisibleKeys(first_row, length);
       OnlineSoftmax softmax;
-      if (num_tiles > 0) LoadQueries();
+      if (num_tiles > 0) {
+        LoadQueries();
+        Wait(&smem_.q_full, q_parity_);
+        q_parity_ ^= 1;
+      }
       for (int t = first_tile; t < first_tile + num_tiles; ++t) {
         float scores[32];
         MultiplyQueriesAndKeys(scores);
@@ -382,18 +425,17 @@ class Scorer {
         }
         float factor[2];
         softmax.Update(scores, params_.scale_log2, factor);
-        Wait(&smem_.message_empty[message_.slot], message_.parity ^ 1);
+        Wait(&smem_.message_empty[message_.Slot()], message_.Parity() ^ 1);
         WriteFactors(factor);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) StoreFragment(smem_.p[message_.slot], scores, k);
+        for (int k = 0; k < 4; ++k) StoreFragment(smem_.p[message_.Slot()], scores, k);
         FenceAsyncProxy();
         __syncwarp();
         announce_ = true;
         message_.Advance();
       }
-      if (num_tiles == 0) Release<1>(&smem_.q_empty);
       Announce();
-      Finish(work, smem_.pieces[i % kPieceSlots], softmax);
+      Finish(work, piece, softmax);
     }
   }
 
@@ -406,27 +448,25 @@ class Scorer {
 
   __device__ __forceinline__ void LoadQueries() {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int first = 0; first < kRegisterChunks; first += kHalfChunks) {
+      Wait(&smem_.v_full[v_.Slot()], v_.Parity());
 #pragma unroll
-      for (int c = 0; c < kHalfChunks; ++c) {
-        const int chunk = half * kHalfChunks + c;
-        if (chunk >= kRegisterChunks) break;
-        Wait(&smem_.v_full[v_.slot][c], v_.parity);
+      for (int c = 0; c < min(kHalfChunks, kRegisterChunks - first); ++c) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) LoadFragmentA(q_[chunk][k], smem_.v[v_.slot][c], k);
+        for (int k = 0; k < 4; ++k) LoadFragmentA(q_[first + c][k], smem_.v[v_.Slot()][c], k);
       }
-      Release<kClusterSize>(&smem_.v_empty[v_.slot]);
+      Release<kClusterSize>(&smem_.v_empty[v_.Slot()]);
       v_.Advance();
     }
   }
 
   // Tells value that the last P is there, if that has not been done.
   __device__ __forceinline__ void Announce() {
-    if (announce_ && threadIdx.x % kWarpSize == 0) Arrive(&smem_.message_full[message_.slot ^ 1]);
+    if (announce_ && threadIdx.x % kWarpSize == 0) Arrive(&smem_.message_full[message_.Slot() ^ 1]);
     announce_ = false;
   }
 
-  // Waits for a chunk of keys; if that takes time, value goes first.
+  // Waits for keys; if that takes time, value goes first.
   __device__ __forceinline__ void WaitForKeys(Barrier* full, uint32_t parity) {
     if (TestWait(full, parity)) return;
     Announce();
@@ -435,51 +475,52 @@ class Scorer {
 
   // S = Q K^T of the next tile in the ring.
   __device__ __forceinline__ void MultiplyQueriesAndKeys(float (&scores)[32]) {
-    constexpr int kSteps = 4;  // of 16 columns in a chunk
-    constexpr uint64_t kStep = SmemTile<T>::kStepAlongColumns;
+    WaitForKeys(&smem_.rope_full[rope_.Slot()], rope_.Parity());
+    WaitForKeys(&smem_.v_full[v_.Slot()], v_.Parity());
     WgmmaFence();
-    WaitForKeys(&smem_.rope_full[rope_.slot], rope_.parity);
-    {
-      const uint64_t a = smem_.q_tail[kTailChunks - 1].DescriptorAlongColumns();
-      const uint64_t b = smem_.rope[rope_.slot].DescriptorAlongColumns();
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        WgmmaM64N64<T>(scores, a + k * kStep, b + k * kStep, k > 0);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int c = 0; c < kHalfChunks; ++c) {
-        const int chunk = half * kHalfChunks + c;
-        WaitForKeys(&smem_.v_full[v_.slot][c], v_.parity);
-        const uint64_t b = smem_.v[v_.slot][c].DescriptorAlongColumns();
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          if (chunk < kRegisterChunks) {
-            WgmmaM64N64RegA<T>(scores, q_[chunk][k], b + k * kStep, 1);
-          } else {
-            const uint64_t a = smem_.q_tail[chunk - kRegisterChunks].DescriptorAlongColumns();
-            WgmmaM64N64<T>(scores, a + k * kStep, b + k * kStep, 1);
-          }
-        }
-        if (chunk + 2 == kAnnounceAfterChunk) Announce();
-      }
-      v_.Advance();
-    }
+    MultiplyChunk<kChunks - 1>(scores, smem_.rope[rope_.Slot()]);
+    MultiplyHalf<0>(scores);
+    WaitForKeys(&smem_.v_full[v_.Slot()], v_.Parity());
+    MultiplyHalf<1>(scores);
     WgmmaCommit();
     Announce();
     WgmmaWait<0>();
     KeepInRegisters(scores);
-    Release<kClusterSize>(&smem_.rope_empty[rope_.slot]);
+    Release<kClusterSize>(&smem_.rope_empty[rope_.Slot()]);
     rope_.Advance();
+  }
+
+  template <int kHalf>
+  __device__ __forceinline__ void MultiplyHalf(float (&scores)[32]) {
+    const SmemTile<T>(&keys)[kHalfChunks] = smem_.v[v_.Slot()];
+    MultiplyChunk<kHalf * kHalfChunks>(scores, keys[0]);
+    MultiplyChunk<kHalf * kHalfChunks + 1>(scores, keys[1]);
+    MultiplyChunk<kHalf * kHalfChunks + 2>(scores, keys[2]);
+    MultiplyChunk<kHalf * kHalfChunks + 3>(scores, keys[3]);
+    v_.Advance();
+  }
+
+  // The rope chunk comes first, and overwrites the scores.
+  template <int kChunk>
+  __device__ __forceinline__ void MultiplyChunk(float (&scores)[32], const SmemTile<T>& keys) {
+    constexpr uint64_t kStep = SmemTile<T>::kStepAlongColumns;
+    const uint64_t b = keys.DescriptorAlongColumns();
+#pragma unroll
+    for (int k = 0; k < kChunkColumns / 16; ++k) {
+      if constexpr (kChunk < kRegisterChunks) {
+        WgmmaM64N64RegA<T>(scores, q_[kChunk][k], b + k * kStep, 1);
+      } else {
+        const uint64_t a = smem_.q_tail[kChunk - kRegisterChunks].DescriptorAlongColumns();
+        WgmmaM64N64<T>(scores, a + k * kStep, b + k * kStep, kChunk < kChunks - 1 || k > 0);
+      }
+    }
   }
 
   // The first lane of each quad writes the factors of its two rows.
   __device__ __forceinline__ void WriteFactors(const float (&factor)[2]) {
     if (threadIdx.x % 4 != 0) return;
-    smem_.row_factor[message_.slot][FragmentRow()] = factor[0];
-    smem_.row_factor[message_.slot][FragmentRow() + 8] = factor[1];
+    smem_.row_factor[message_.Slot()][FragmentRow()] = factor[0];
+    smem_.row_factor[message_.Slot()][FragmentRow() + 8] = factor[1];
   }
 
   // The last message of a piece: what O must be multiplied with. Writes the log-sum-exp.
@@ -490,7 +531,7 @@ class Scorer {
     if (piece.invalid) {
       factor[0] = factor[1] = lse2[0] = lse2[1] = NAN;
     }
-    Wait(&smem_.message_empty[message_.slot], message_.parity ^ 1);
+    Wait(&smem_.message_empty[message_.Slot()], message_.Parity() ^ 1);
     WriteFactors(factor);
     __syncwarp();
     announce_ = true;
@@ -518,6 +559,8 @@ class Scorer {
   const DecodeParams& params_;
   uint32_t q_[kRegisterChunks][4][4];
   bool announce_ = false;
+  uint32_t q_parity_ = 0;
+  RingCursor<kPieceSlots> piece_;
   RingCursor<kValueSlots> v_;
   RingCursor<kRopeSlots> rope_;
   RingCursor<kMessageSlots> message_;
@@ -538,26 +581,27 @@ class ValueAccumulator {
     const BlockWork work(params_);
     const int num_pieces = work.NumPieces();
     for (int i = 0; i < num_pieces; ++i) {
-      Wait(&smem_.message_full[message_.slot], message_.parity);
-      const Piece& piece = smem_.pieces[i % kPieceSlots];
-      const int num_tiles = piece.num_tiles;
+      Wait(&smem_.message_full[message_.Slot()], message_.Parity());
+      const int num_tiles = ThisPiece().num_tiles;
       if (num_tiles > 0) v_.Advance(2);  // the queries' slots
       Clear();
       for (int t = 0; t < num_tiles; ++t) {
+        Wait(&smem_.v_full[v_.Slot()], v_.Parity());
+        if (t > 0) Wait(&smem_.message_full[message_.Slot()], message_.Parity());
         Rescale();
-        const int valid = piece.length - (piece.first_tile + t) * kTileTokens;
-        for (int c = 0; c < kHalfChunks; ++c) Wait(&smem_.v_full[v_.slot][c], v_.parity);
-        if (valid < kTileTokens) ClearRowsFrom(valid);
+        if (t == num_tiles - 1) ClearRowsFrom(ThisPiece().length, ThisPiece().first_tile + t);
         MultiplyAndAdd();
         ReleaseMessage();
-        Release<kClusterSize>(&smem_.v_empty[v_.slot]);
+        Release<kClusterSize>(&smem_.v_empty[v_.Slot()]);
         v_.Advance(2);
-        Wait(&smem_.message_full[message_.slot], message_.parity);
       }
-      const float factor[2] = {smem_.row_factor[message_.slot][FragmentRow()],
-                               smem_.row_factor[message_.slot][FragmentRow() + 8]};
-      Write(work, piece, factor);
+      if (num_tiles > 0) Wait(&smem_.message_full[message_.Slot()], message_.Parity());
+      const float factor[2] = {smem_.row_factor[message_.Slot()][FragmentRow()],
+                               smem_.row_factor[message_.Slot()][FragmentRow() + 8]};
+      Write(work, factor);
       ReleaseMessage();
+      Release<1>(&smem_.piece_empty[piece_.Slot()]);
+      piece_.Advance();
     }
   }
 
@@ -567,8 +611,10 @@ class ValueAccumulator {
   static constexpr int kBlocks = kColumns / kBlockColumns;
   static constexpr int kAccumulators = kTileRows * kBlockColumns / kWarpgroupSize;
 
+  __device__ __forceinline__ const Piece& ThisPiece() const { return smem_.pieces[piece_.Slot()]; }
+
   __device__ __forceinline__ void ReleaseMessage() {
-    Release<1>(&smem_.message_empty[message_.slot]);
+    Release<1>(&smem_.message_empty[message_.Slot()]);
     message_.Advance();
   }
 
@@ -581,8 +627,8 @@ class ValueAccumulator {
   }
 
   __device__ __forceinline__ void Rescale() {
-    const float top = smem_.row_factor[message_.slot][FragmentRow()];
-    const float bottom = smem_.row_factor[message_.slot][FragmentRow() + 8];
+    const float top = smem_.row_factor[message_.Slot()][FragmentRow()];
+    const float bottom = smem_.row_factor[message_.Slot()][FragmentRow() + 8];
     if (!__any_sync(kFullWarp, top != 1.f || bottom != 1.f)) return;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
@@ -597,12 +643,15 @@ class ValueAccumulator {
   }
 
   // Slots of the last page past the sequence's end may hold NaN, and 0 * NaN is NaN.
-  __device__ __forceinline__ void ClearRowsFrom(int row) {
+  __device__ __forceinline__ void ClearRowsFrom(int length, int tile) {
+    const int row = length - tile * kTileTokens;
+    if (row >= kTileTokens) return;
     const int units = (kTileTokens - row) * SmemTile<T>::kUnitsPerRow;
     for (int c = 0; c < kHalfChunks; ++c) {
       uint4* rows =
-          reinterpret_cast<uint4*>(smem_.v[v_.slot][c].data) + row * SmemTile<T>::kUnitsPerRow;
-      for (int i = threadIdx.x % kWarpgroupSize; i < units; i += kWarpgroupSize) {
+          reinterpret_cast<uint4*>(smem_.v[v_.Slot()][c].data) + row * SmemTile<T>::kUnitsPerRow;
+#pragma unroll 1
+      for (int i = Opaque(threadIdx.x % kWarpgroupSize); i < units; i += kWarpgroupSize) {
         rows[i] = make_uint4(0, 0, 0, 0);
       }
     }
@@ -611,13 +660,14 @@ class ValueAccumulator {
   }
 
   __device__ __forceinline__ void MultiplyAndAdd() {
-    const uint64_t a = smem_.p[message_.slot].DescriptorAlongColumns();
+    const uint64_t a = smem_.p[message_.Slot()].DescriptorAlongColumns();
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) KeepInRegisters(o_[n]);
     WgmmaFence();
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
-      const uint64_t b = smem_.v[v_.slot][n * kBlockColumns / kChunkColumns].DescriptorAlongRows();
+      const uint64_t b =
+          smem_.v[v_.Slot()][n * kBlockColumns / kChunkColumns].DescriptorAlongRows();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
         WgmmaM64N128TransposedB<T>(o_[n], a + k * SmemTile<T>::kStepAlongColumns,
@@ -630,15 +680,15 @@ class ValueAccumulator {
     for (int n = 0; n < kBlocks; ++n) KeepInRegisters(o_[n]);
   }
 
-  __device__ __forceinline__ void Write(const BlockWork& work, const Piece& piece,
-                                        const float (&factor)[2]) {
+  __device__ __forceinline__ void Write(const BlockWork& work, const float (&factor)[2]) {
+    const Piece& piece = ThisPiece();
     const bool split = piece.slot >= 0;
     const int64_t head =
         static_cast<int64_t>(split ? piece.slot : piece.request) * params_.num_kv_heads +
         work.kv_head;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = work.row_tile * kTileRows + FragmentRow() + 8 * i;
+      const int row = Opaque(work.row_tile * kTileRows + FragmentRow() + 8 * i);
       const int64_t offset = (head * params_.rows + row) * kHeadDimV + half_ * kColumns;
       if (split) {
         WritePartialRow(params_.o_partial + offset, i, factor[i], row < params_.rows);
@@ -686,6 +736,7 @@ class ValueAccumulator {
   const DecodeParams& params_;
   const int half_;
   float o_[kBlocks][kAccumulators];
+  RingCursor<kPieceSlots> piece_;
   RingCursor<kValueSlots> v_;
   RingCursor<kMessageSlots> message_;
 };
@@ -695,7 +746,7 @@ class ValueAccumulator {
 template <typename T, int kClusterSize>
 __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
   for (int i = 0; i < kValueSlots; ++i) {
-    for (int c = 0; c < kHalfChunks; ++c) BarrierInit(&smem.v_full[i][c], 1);
+    BarrierInit(&smem.v_full[i], 1);
     BarrierInit(&smem.v_empty[i], kWarpsPerWarpgroup * kClusterSize);
   }
   for (int i = 0; i < kRopeSlots; ++i) {
@@ -705,6 +756,14 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
   for (int i = 0; i < kMessageSlots; ++i) {
     BarrierInit(&smem.message_full[i], kWarpsPerWarpgroup);
     BarrierInit(&smem.message_empty[i], kWarpsPerWarpgroup * kValueWarpgroups);
+  }
+  for (int i = 0; i < kPieceSlots; ++i) {
+    BarrierInit(&smem.piece_full[i], 1);
+    BarrierInit(&smem.piece_empty[i], kWarpsPerWarpgroup * kValueWarpgroups);
+  }
+  for (int i = 0; i < kPageBatches; ++i) {
+    BarrierInit(&smem.pages_full[i], 1);
+    BarrierInit(&smem.pages_empty[i], 1);
   }
   BarrierInit(&smem.q_full, 1);
   BarrierInit(&smem.q_empty, kWarpsPerWarpgroup);
@@ -724,15 +783,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
-  AllowNextKernel();
   WaitForPriorKernels();
+  AllowNextKernel();
 
   const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
   if (warpgroup == kLoadWarpgroup) {
     ShrinkRegisters<kLoadRegisters>();
-    if (WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup == 0) {
+    const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
+    if (warp == kPlanWarp) {
+      Planner<T>(smem, params).Run();
+    } else if (warp == kLoadWarp && IsFirstLane()) {
       Loader<T, kClusterSize>(smem, q_map, k_map, params).Run();
     }
+    __syncwarp();
   } else if (warpgroup == kScoreWarpgroup) {
     GrowRegisters<kScoreRegisters>();
     Scorer<T, kClusterSize>(smem, params).Run();

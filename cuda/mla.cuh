@@ -19,7 +19,7 @@ constexpr int kHeadDimK = 576;
 constexpr int kHeadDimV = 512;
 constexpr int kTileTokens = 64;  // tokens of a key tile
 constexpr int kTileRows = 64;    // query rows of a row tile
-constexpr int kRequestOverhead = 5;
+constexpr int kRequestOverhead = 2;
 constexpr int kMinPartTiles = 1;
 
 // Where a part begins: tile `tile` of request `request`.

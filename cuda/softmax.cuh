@@ -43,31 +43,34 @@ class OnlineSoftmax {
   // Turns scores into weights relative to the row's reference; `factor` is what earlier results
   // of the row must be multiplied with.
   __device__ __forceinline__ void Update(float (&d)[32], float scale_log2, float (&factor)[2]) {
+    float largest[2] = {fmaxf(d[0], d[1]), fmaxf(d[2], d[3])};
+#pragma unroll
+    for (int j = 1; j < 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        largest[r] = fmaxf(largest[r], fmaxf(d[4 * j + 2 * r], d[4 * j + 2 * r + 1]));
+      }
+    }
+    sm90::QuadMax(largest);
+    float subtract[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = d[2 * r];
+      const float scaled = largest[r] * scale_log2;
+      // Also at the first key: -inf + kLag is -inf.
+      const float raised = scaled > reference_[r] + kLag ? scaled : reference_[r];
+      subtract[r] = raised == -INFINITY ? 0.f : raised;
+      factor[r] = raised == reference_[r] ? 1.f : Exp2(reference_[r] - raised);
+      reference_[r] = raised;
+      sum_[r] *= factor[r];
+    }
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        largest = fmaxf(largest, fmaxf(d[4 * j + 2 * r], d[4 * j + 2 * r + 1]));
-      }
-      largest = sm90::QuadMax(largest) * scale_log2;
-      factor[r] = 1.f;
-      if (largest > reference_[r] + kLag) {  // also at the first key: -inf + kLag is -inf
-        factor[r] = Exp2(reference_[r] - largest);
-        reference_[r] = largest;
-      }
-      const float subtract = reference_[r] == -INFINITY ? 0.f : reference_[r];
-      float sum = 0.f;
+    for (int j = 0; j < 8; ++j) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = d[4 * j + 2 * r + i];
-          x = Exp2(fmaf(x, scale_log2, -subtract));
-          sum += x;
-        }
+      for (int i = 0; i < 4; ++i) {
+        float& x = d[4 * j + i];
+        x = Exp2(fmaf(x, scale_log2, -subtract[i / 2]));
+        sum_[i / 2] += x;
       }
-      sum_[r] = fmaf(sum_[r], factor[r], sum);
     }
   }
 

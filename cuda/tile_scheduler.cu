@@ -64,12 +64,12 @@ __device__ __forceinline__ int Tiles(int length, int batch) {
 __device__ __forceinline__ int PlaceRequest(const SchedulerParams& params, int i, int begin,
                                             int tiles, int payload) {
   const int end = begin + kRequestOverhead + tiles;
-  const int first = min(params.num_parts - 1, (begin + kRequestOverhead) / payload);
+  const int first = min(begin + kRequestOverhead, end - 1) / payload;
   params.first_part[i] = first;
   for (int p = CeilDiv(begin, payload); p < params.num_parts && p * payload < end; ++p) {
     params.part_bounds[p] = {i, max(0, p * payload - begin - kRequestOverhead)};
   }
-  return tiles == 0 ? 1 : (end - 1) / payload - first + 1;
+  return (end - 1) / payload - first + 1;
 }
 
 __global__ void __launch_bounds__(kThreads)

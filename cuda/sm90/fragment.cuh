@@ -17,9 +17,14 @@ __device__ __forceinline__ int FragmentRow() {
 // The column of d[0].
 __device__ __forceinline__ int FragmentColumn() { return threadIdx.x % 4 * 2; }
 
-__device__ __forceinline__ float QuadMax(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+__device__ __forceinline__ void QuadMax(float (&x)[2]) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const float other[2] = {__shfl_xor_sync(kFullWarp, x[0], step),
+                            __shfl_xor_sync(kFullWarp, x[1], step)};
+    x[0] = fmaxf(x[0], other[0]);
+    x[1] = fmaxf(x[1], other[1]);
+  }
 }
 __device__ __forceinline__ float QuadSum(float x) {
   x += __shfl_xor_sync(kFullWarp, x, 1);

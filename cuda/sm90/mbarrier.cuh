@@ -44,7 +44,7 @@ __device__ __forceinline__ void ArriveAtRank(Barrier* barrier, uint32_t rank) {
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(SharedAddress(barrier)),
       "r"(rank)
       : "memory");
@@ -64,7 +64,7 @@ __device__ __forceinline__ bool TestWait(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n"
       "}"
       : "=r"(done)
@@ -78,7 +78,7 @@ __device__ __forceinline__ void Wait(Barrier* barrier, uint32_t parity) {
       "{\n"
       ".reg .pred p;\n"
       "retry:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
       "@!p bra retry;\n"
       "}" ::"r"(SharedAddress(barrier)),
       "r"(parity)
