@@ -186,7 +186,7 @@ def test_offsets_past_int32(tested):
 def test_scratch_offsets_past_int32():
     """So many parts that their partial results hold more than 2^31 elements."""
     parts = 2**31 // (2 * 128 * D_V) + 100
-    length = 64 * parts
+    length = 64 * (parts - 5)  # with a request's overhead of 5, a tile a part
     q = cases.random_values(np.random.default_rng(0), (1, 1, 128, D_K), "bfloat16")
     pool = cases.random_values(np.random.default_rng(1), (50, 64, 1, D_K), "bfloat16")
     table = np.arange(parts, dtype=np.int32)[None] % 50
@@ -218,7 +218,8 @@ def test_many_sequences(b, implementation):
 def test_many_rows():
     """More row tiles than a grid's y or z axis holds."""
     s_q, h_q = 33000, 128
-    q = jax.random.normal(jax.random.key(0), (1, s_q, h_q, D_K), jnp.bfloat16)
+    some_q = cases.random_values(np.random.default_rng(0), (1, 100, h_q, D_K), "bfloat16")
+    q = jnp.tile(jnp.asarray(some_q), (1, s_q // 100, 1, 1))
     inputs = cases.make_inputs(Case(1, 1, 100, 1))
     _, *rest = inputs.device_arrays()
     out, lse = fm.flash_mla_with_kvcache(q, *rest, D_V, implementation="cuda")
@@ -378,6 +379,30 @@ def test_vmap_folds_into_the_batch(in_axes, given, implementation):
     out, lse = jax.jit(jax.vmap(call, in_axes))(*stacked)
     for i, inputs in enumerate(many):
         cases.assert_decode_close((out[i], lse[i]), cases.expected_decode(inputs))
+
+
+def test_under_strict_configurations(implementation):
+    """Models may run with 64-bit types, or with implicit promotions forbidden."""
+    inputs = cases.make_inputs(Case(3, 2, 100, 4, 2, varlen=True, causal=True))
+
+    def step(q, k_cache, block_table, lengths):
+        nowhere = fm.get_slot_mapping(block_table, lengths[:, None] - (1 << 20), 64)[:, 0]
+        k_cache = fm.append_kv_cache(k_cache, q[:, 0, :2], nowhere, implementation=implementation)
+        return fm.flash_mla_with_kvcache(
+            q, k_cache, block_table, lengths, D_V, causal=True, implementation=implementation
+        )
+
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        arrays = inputs.device_arrays()
+        results = [jax.jit(step)(*arrays)]
+        out, lse = jax.jit(jax.vmap(step))(*(jnp.stack([x, x]) for x in arrays))
+    results += [(out[i], lse[i]) for i in range(2)]
+    for actual in results:
+        cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
 
 
 # Misuse: the error comes before anything runs and names the argument and its value.
