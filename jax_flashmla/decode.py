@@ -188,6 +188,16 @@ def _kernel(
     h_kv = k_cache.shape[2]
     group = h_q // h_kv
     rows = s_q * group
+    if 0 in (k_cache.shape[0], block_table.shape[1]):  # nothing to read
+        return reference.decode(
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            head_dim_v=head_dim_v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+        )
     slots = 2 * (part_bounds.shape[0] - 1)  # a part has at most two requests that are split
     call = jax.ffi.ffi_call(
         "jax_flashmla_dense_decode",

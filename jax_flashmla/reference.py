@@ -22,7 +22,9 @@ MIN_PAYLOAD = 1
 """The least cost, in tiles, that a part is given before a further part gets work."""
 
 _COST_LIMIT = 2**30  # the sum of all costs stays below, so that int32 serves throughout
-_CHUNK_ELEMENTS = 2**25  # of K in float32 at a time: what bounds the temporary memory of decode
+# What decode reads at a time: enough to keep a machine busy, and a bound on temporary memory.
+_CHUNK_TOKENS = 1024  # of each sequence
+_CHUNK_ELEMENTS = 2**25  # of K in float32
 
 
 def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ...]:
@@ -43,12 +45,12 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     """
     b = cache_seqlens.shape[0]
     length = jnp.maximum(cache_seqlens, 0)
-    tiles = length // TILE_TOKENS + (length % TILE_TOKENS > 0)
+    tiles = _ceil_div(length, TILE_TOKENS)
     tiles = jnp.minimum(tiles, _COST_LIMIT // b - REQUEST_OVERHEAD)
     end = jnp.cumsum(tiles + REQUEST_OVERHEAD, dtype=jnp.int32)
     start = end - tiles - REQUEST_OVERHEAD
     total = end[-1]
-    payload = jnp.maximum(total // num_parts + (total % num_parts > 0), MIN_PAYLOAD)
+    payload = jnp.maximum(_ceil_div(total, num_parts), MIN_PAYLOAD)
 
     # An empty request ends with its overhead, so that its one split belongs to the part in which
     # that overhead ends.
@@ -66,6 +68,11 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
         [jnp.where(behind, b, request), jnp.where(behind, 0, jnp.maximum(tile, 0))], axis=1
     )
     return part_bounds.astype(jnp.int32), first_part, num_splits
+
+
+def _ceil_div(x, divisor):
+    """Without the sum that could overflow."""
+    return x // divisor + (x % divisor > 0).astype(x.dtype)
 
 
 def decode(
@@ -96,15 +103,15 @@ def decode(
     pages, page, h_kv, _ = k_cache.shape
     mb = block_table.shape[1]
     length = jnp.maximum(cache_seqlens, 0)
-    needed = length // page + (length % page > 0)  # pages
+    needed = _ceil_div(length, page)  # pages
     in_pool = (block_table >= 0) & (block_table < pages)
-    used = jnp.arange(mb, dtype=jnp.int32) < needed[:, None]
+    used = jnp.arange(mb, dtype=jnp.int32)[None] < needed[:, None]
     unreadable = (needed > mb) | jnp.any(used & ~in_pool, axis=1)
     pages_to_read = jnp.where(used & in_pool, block_table, -1)
 
     visible = jnp.broadcast_to(length[:, None], (b, s_q))  # tokens that each query sees
     if causal:
-        visible = visible + (jnp.arange(s_q, dtype=jnp.int32) - (s_q - 1))
+        visible = visible + (jnp.arange(s_q, dtype=jnp.int32) - (s_q - 1))[None]
 
     out, lse = _attend(
         _rows_by_kv_head(q, h_kv).astype(jnp.float32) * softmax_scale,
@@ -144,13 +151,15 @@ def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
     mb = page_ids.shape[1]
     if mb == 0 or k_cache.shape[0] == 0:
         return jnp.zeros_like(q[..., :head_dim_v]), jnp.full_like(q[..., 0], jnp.inf)
-    step = max(1, min(mb, _CHUNK_ELEMENTS // (b * page * h_kv * d_k)))  # pages a chunk
+    elements = b * page * h_kv * d_k  # of one page of each sequence
+    step = max(1, min(mb, _CHUNK_TOKENS // page, _CHUNK_ELEMENTS // elements))  # pages a chunk
 
     def attend_chunk(i, state):
         maximum, total, acc = state
         index = i * step + jnp.arange(step, dtype=jnp.int32)
         ids = jnp.take(page_ids, index, axis=1, mode="fill", fill_value=-1)
-        token = (index[:, None] * page + jnp.arange(page, dtype=jnp.int32)).reshape(-1)
+        token = index[:, None] * page + jnp.arange(page, dtype=jnp.int32)[None]
+        token = token.reshape(1, -1)
         live = jnp.repeat(ids >= 0, page, axis=1) & (token < length[:, None])
         # Pages are gathered by their id, never by a flat token index, which int32 may not hold.
         kv = k_cache[jnp.maximum(ids, 0)].reshape(b, step * page, h_kv, d_k)
@@ -158,7 +167,7 @@ def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
         kv = jnp.where(live[:, :, None, None], kv, 0).astype(jnp.float32)
 
         scores = jnp.einsum("bhrd,bthd->bhrt", q, kv, precision="highest")
-        seen = live[:, None, :] & (token < visible[:, :, None])
+        seen = live[:, None, :] & (token[None] < visible[:, :, None])
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
         finite = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
@@ -173,8 +182,8 @@ def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
         jnp.zeros_like(one_a_row),
         jnp.zeros_like(q[..., :head_dim_v]),
     )
-    last = jnp.max(jnp.where(page_ids >= 0, jnp.arange(1, mb + 1, dtype=jnp.int32), 0))
-    chunks = (last + step - 1) // step
+    last = jnp.max(jnp.where(page_ids >= 0, jnp.arange(1, mb + 1, dtype=jnp.int32)[None], 0))
+    chunks = _ceil_div(last, step)
     maximum, total, acc = jax.lax.fori_loop(jnp.int32(0), chunks, attend_chunk, state)
     empty = total == 0
     out = jnp.where(empty[..., None], 0, acc / jnp.where(empty, 1, total)[..., None])
