@@ -1,0 +1,16 @@
+"""Multi-head latent attention (MLA) decode for JAX: our own Hopper kernels inside jax.jit."""
+
+from .cache import append_kv_cache, get_slot_mapping
+from .decode import flash_mla_with_kvcache
+from .schedule import TileSchedulerMetadata, get_mla_metadata
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TileSchedulerMetadata",
+    "__version__",
+    "append_kv_cache",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "get_slot_mapping",
+]

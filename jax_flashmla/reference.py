@@ -1,0 +1,193 @@
+"""The ops in pure JAX: what the kernels are tested against, and what runs where they cannot.
+
+Each function takes the arguments of the op of the same name and gives the same results, down to
+empty sequences, garbage in unused block-table entries and NaN in unused slots of a page. Shapes:
+
+  b         sequences                     s_q      queries a sequence
+  h_q, h_kv query heads, KV heads         d_k, d_v head dims of K and of V (V: the first d_v of K)
+  pages     pages in the pool             page     tokens a page
+  mb        block-table entries a sequence
+"""
+
+import jax
+import jax.numpy as jnp
+
+TILE_TOKENS = 64
+"""The schedule counts in tiles of this many tokens, whatever the page size."""
+
+REQUEST_OVERHEAD = 5
+"""What a request costs beyond its own tiles, in tiles (its prologue and epilogue)."""
+
+MIN_PAYLOAD = 1
+"""The least cost, in tiles, that a part is given before a further part gets work."""
+
+_COST_LIMIT = 2**30  # the sum of all costs stays below, so that int32 serves throughout
+_CHUNK_ELEMENTS = 2**25  # of K in float32 at a time: what bounds the temporary memory of decode
+
+
+def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ...]:
+    """Cuts the work of all requests into `num_parts` runs of equal cost.
+
+    The requests stand on a line, each as REQUEST_OVERHEAD units and then one unit a tile; part p
+    gets the units from p * payload on. A cut inside a request's overhead moves to its start.
+
+    Args:
+      cache_seqlens: i32 [b], tokens of each sequence; negative ones count as 0.
+      num_parts: the number of runs.
+
+    Returns:
+      part_bounds: i32 [num_parts + 1, 2], (request, tile) at which each part starts. (i, 0) lies
+        before request i, (b, 0) behind the last one.
+      first_part: i32 [b], the part that makes a request's first split.
+      num_splits: i32 [b + 1], prefix sum of the splits of each request; each has at least one.
+    """
+    b = cache_seqlens.shape[0]
+    length = jnp.maximum(cache_seqlens, 0)
+    tiles = length // TILE_TOKENS + (length % TILE_TOKENS > 0)
+    tiles = jnp.minimum(tiles, _COST_LIMIT // b - REQUEST_OVERHEAD)
+    end = jnp.cumsum(tiles + REQUEST_OVERHEAD, dtype=jnp.int32)
+    start = end - tiles - REQUEST_OVERHEAD
+    total = end[-1]
+    payload = jnp.maximum(total // num_parts + (total % num_parts > 0), MIN_PAYLOAD)
+
+    # An empty request ends with its overhead, so that its one split belongs to the part in which
+    # that overhead ends.
+    first_part = jnp.minimum(start + REQUEST_OVERHEAD, end - 1) // payload
+    splits = (end - 1) // payload - first_part + 1
+    num_splits = jnp.concatenate(
+        [jnp.zeros_like(end[:1]), jnp.cumsum(splits, dtype=jnp.int32)], axis=0
+    )
+
+    cut = jnp.arange(num_parts + 1, dtype=jnp.int32) * payload
+    request = jnp.searchsorted(end, cut, side="right").astype(jnp.int32)
+    tile = cut - start[jnp.minimum(request, b - 1)] - REQUEST_OVERHEAD
+    behind = (request == b) | (jnp.arange(num_parts + 1) == num_parts)
+    part_bounds = jnp.stack(
+        [jnp.where(behind, b, request), jnp.where(behind, 0, jnp.maximum(tile, 0))], axis=1
+    )
+    return part_bounds.astype(jnp.int32), first_part, num_splits
+
+
+def decode(
+    q: jax.Array,
+    k_cache: jax.Array,
+    block_table: jax.Array,
+    cache_seqlens: jax.Array,
+    *,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of q over a paged cache, float32 throughout.
+
+    Walks over the pages of all sequences at once with a running maximum and sum, as far as the
+    longest sequence reaches: the temporary memory does not grow with the table or the cache.
+
+    Args:
+      q: [b, s_q, h_q, d_k].
+      k_cache: [pages, page, h_kv, d_k], in q's dtype.
+      block_table: i32 [b, mb].
+      cache_seqlens: i32 [b].
+
+    Returns:
+      out [b, s_q, h_q, head_dim_v] in q's dtype and lse f32 [b, h_q, s_q].
+    """
+    b, s_q, h_q, d_k = q.shape
+    pages, page, h_kv, _ = k_cache.shape
+    mb = block_table.shape[1]
+    length = jnp.maximum(cache_seqlens, 0)
+    needed = length // page + (length % page > 0)  # pages
+    in_pool = (block_table >= 0) & (block_table < pages)
+    used = jnp.arange(mb, dtype=jnp.int32) < needed[:, None]
+    unreadable = (needed > mb) | jnp.any(used & ~in_pool, axis=1)
+    pages_to_read = jnp.where(used & in_pool, block_table, -1)
+
+    visible = jnp.broadcast_to(length[:, None], (b, s_q))  # tokens that each query sees
+    if causal:
+        visible = visible + (jnp.arange(s_q, dtype=jnp.int32) - (s_q - 1))
+
+    out, lse = _attend(
+        _rows_by_kv_head(q, h_kv).astype(jnp.float32) * softmax_scale,
+        k_cache,
+        pages_to_read,
+        length,
+        jnp.repeat(visible, h_q // h_kv, axis=1),
+        head_dim_v,
+    )
+    out = jnp.where(unreadable[:, None, None, None], jnp.nan, out)
+    lse = jnp.where(unreadable[:, None, None], jnp.nan, lse)
+    out = out.reshape(b, h_kv, s_q, -1, head_dim_v).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(b, h_kv, s_q, -1).transpose(0, 1, 3, 2)
+    return out.reshape(b, s_q, h_q, head_dim_v).astype(q.dtype), lse.reshape(b, h_q, s_q)
+
+
+def _rows_by_kv_head(q, h_kv):
+    """[b, s_q, h_q, d] -> [b, h_kv, s_q * h_q / h_kv, d], the queries that share a KV head."""
+    b, s_q, h_q, d = q.shape
+    return q.reshape(b, s_q, h_kv, h_q // h_kv, d).transpose(0, 2, 1, 3, 4).reshape(b, h_kv, -1, d)
+
+
+def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
+    """Online softmax over chunks of pages.
+
+    Args:
+      q: f32 [b, h_kv, rows, d_k], scaled.
+      page_ids: i32 [b, mb], -1 where there is nothing to read.
+      visible: i32 [b, rows], the tokens that each row sees.
+
+    Returns:
+      out f32 [b, h_kv, rows, head_dim_v], lse f32 [b, h_kv, rows]: 0 and +inf where a row sees
+      no token.
+    """
+    b, h_kv, rows, d_k = q.shape
+    page = k_cache.shape[1]
+    mb = page_ids.shape[1]
+    if mb == 0 or k_cache.shape[0] == 0:
+        return jnp.zeros_like(q[..., :head_dim_v]), jnp.full_like(q[..., 0], jnp.inf)
+    step = max(1, min(mb, _CHUNK_ELEMENTS // (b * page * h_kv * d_k)))  # pages a chunk
+
+    def attend_chunk(i, state):
+        maximum, total, acc = state
+        index = i * step + jnp.arange(step, dtype=jnp.int32)
+        ids = jnp.take(page_ids, index, axis=1, mode="fill", fill_value=-1)
+        token = (index[:, None] * page + jnp.arange(page, dtype=jnp.int32)).reshape(-1)
+        live = jnp.repeat(ids >= 0, page, axis=1) & (token < length[:, None])
+        # Pages are gathered by their id, never by a flat token index, which int32 may not hold.
+        kv = k_cache[jnp.maximum(ids, 0)].reshape(b, step * page, h_kv, d_k)
+        # Unused slots may hold NaN, and 0 * NaN is NaN: they become 0 before any product.
+        kv = jnp.where(live[:, :, None, None], kv, 0).astype(jnp.float32)
+
+        scores = jnp.einsum("bhrd,bthd->bhrt", q, kv, precision="highest")
+        seen = live[:, None, :] & (token < visible[:, :, None])
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+        finite = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
+        weights = jnp.exp(scores - finite[..., None])
+        fade = jnp.exp(maximum - finite)
+        values = jnp.einsum("bhrt,bthd->bhrd", weights, kv[..., :head_dim_v], precision="highest")
+        return new_maximum, total * fade + weights.sum(axis=-1), acc * fade[..., None] + values
+
+    one_a_row = q[..., 0]
+    state = (
+        jnp.full_like(one_a_row, -jnp.inf),
+        jnp.zeros_like(one_a_row),
+        jnp.zeros_like(q[..., :head_dim_v]),
+    )
+    last = jnp.max(jnp.where(page_ids >= 0, jnp.arange(1, mb + 1, dtype=jnp.int32), 0))
+    chunks = (last + step - 1) // step
+    maximum, total, acc = jax.lax.fori_loop(jnp.int32(0), chunks, attend_chunk, state)
+    empty = total == 0
+    out = jnp.where(empty[..., None], 0, acc / jnp.where(empty, 1, total)[..., None])
+    return out, jnp.where(empty, jnp.inf, maximum + jnp.log(total))
+
+
+def append(k_cache: jax.Array, new_kv: jax.Array, slot_mapping: jax.Array) -> jax.Array:
+    """Writes new_kv [tokens, h_kv, d_k] into slots i32 [tokens] of k_cache.
+
+    A slot outside the pool writes nothing. XLA keeps the update in place where k_cache is dead
+    afterwards.
+    """
+    pages, page = k_cache.shape[:2]
+    # A negative index would count from the end: it becomes one behind the pool, which is dropped.
+    page_id = jnp.where(slot_mapping < 0, pages, slot_mapping // page)
+    return k_cache.at[page_id, slot_mapping % page].set(new_kv, mode="drop")
