@@ -1,9 +1,15 @@
-# make demo, make test: everything from a fresh checkout. PYTHON chooses the interpreter
-# (3.11 to 3.14); without it, the first of them that is found.
-PYTHON ?= $(firstword $(shell command -v python3.12 python3.13 python3.14 python3.11 python3))
+# make demo, make test: everything from a fresh checkout. PYTHON chooses the interpreter (3.11 to
+# 3.14); without it, that of the venv, else the first below that is new enough and can make one.
 VENV ?= .venv
-# An NVIDIA GPU here wants jax's CUDA libraries too.
-EXTRAS ?= test$(if $(shell command -v nvidia-smi),$(comma)cuda13)
+ifndef PYTHON
+pythons := $(VENV)/bin/python python3 python3.14 python3.13 python3.12 python3.11
+PYTHON := $(shell for python in $(pythons); do \
+  $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+  && echo $$python && break; done)
+endif
+gpu := $(wildcard /dev/nvidiactl)
+# jax finds a GPU only with CUDA's libraries; without them its plugin would complain.
+EXTRAS ?= test$(if $(gpu),$(comma)cuda13)
 PYTEST_ARGS ?=
 
 comma := ,
@@ -12,10 +18,14 @@ version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 installed := $(VENV)/installed-$(version)-$(subst $(comma),-,$(EXTRAS))
 compiled := pyproject.toml CMakeLists.txt $(shell find cmake cuda -type f)
 
+ifeq ($(version),)
+$(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
+endif
+
 .PHONY: demo test test-gpu lint format clean
 
 demo: $(installed)
-	$(bin)/python examples/decode_loop.py
+	$(if $(gpu),,JAX_PLATFORMS=cpu) $(bin)/python examples/decode_loop.py
 
 test: $(installed)
 	JAX_PLATFORMS=cpu $(bin)/pytest -n auto --maxprocesses 8 -m "not gpu" $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ REQUIRED = (
     "nvvm/bin/cicc",
     "include/crt/host_config.h",
     "include/cuda_runtime_api.h",
+    "include/cccl/nv/target",
     "lib/libcudart_static.a",
 )
 

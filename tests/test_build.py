@@ -108,9 +108,8 @@ def test_no_spills(source):
 
 
 def test_no_local_memory():
-    usage = re.findall(
-        r"Function (\S+):\s+REG:\d+ STACK:(\d+).*? LOCAL:(\d+)", cuobjdump("-res-usage")
-    )
+    pattern = r"Function (\S+):\s+REG:\d+ STACK:(\d+).*? LOCAL:(\d+)"
+    usage = re.findall(pattern, cuobjdump("-res-usage"))
     assert {name for name, _, _ in usage} == set(sass())
     assert {name for name, stack, local in usage if (stack, local) != ("0", "0")} == set()
 
