@@ -1,0 +1,176 @@
+"""Inputs of the decode op, what it must give for them, and how close is close enough."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+
+D_K, D_V = 576, 512
+UNUSED_ENTRY = 2147480000  # stands in table entries that must not be read
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call: the shapes, and how its sequences' lengths are drawn."""
+
+    b: int
+    s_q: int
+    s_k: int  # tokens of each sequence, or their mean
+    h_q: int
+    h_kv: int = 1
+    varlen: bool = False
+    causal: bool = False
+    zeros: bool = False  # about half of the sequences are empty
+    page: int = 64
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __str__(self):
+        flags = "".join(f"-{f}" for f in ("varlen", "causal", "zeros") if getattr(self, f))
+        return (
+            f"b{self.b}-sq{self.s_q}-sk{self.s_k}-hq{self.h_q}-hkv{self.h_kv}{flags}"
+            f"-page{self.page}-{self.dtype}"
+        )
+
+    def lengths(self) -> np.ndarray:
+        """i32 [b]; uniform, or normal around s_k and at least s_q."""
+        rng = np.random.default_rng((self.seed, self.b, self.s_q, self.s_k))
+        lengths = np.full(self.b, self.s_k)
+        if self.varlen:
+            lengths = np.maximum(rng.normal(self.s_k, self.s_k / 2, self.b), self.s_q)
+        if self.zeros:
+            lengths = np.where(rng.random(self.b) < 0.5, 0, lengths)
+        return lengths.astype(np.int32)
+
+
+def dense_grid() -> list[Case]:
+    """FlashMLA's own correctness and corner cases of the dense decode."""
+    heads = [
+        (h_q, h_kv)
+        for h_q in (1, 3, 9, 63, 64, 126, 128)
+        for h_kv in (1, 2, 3, 8)
+        if h_q % h_kv == 0
+    ]
+    flags = (False, True)
+    correctness = [
+        Case(b, s_q, s_k, h_q, h_kv, varlen, causal)
+        for b, s_q, (h_q, h_kv), causal, s_k, varlen in itertools.product(
+            (1, 2, 6, 64), (1, 2, 4), heads, flags, (20, 140, 4096), flags
+        )
+    ]
+    corner = [
+        Case(128, 2, 4096, h_q, h_kv, varlen=True, causal=causal, zeros=True)
+        for (h_q, h_kv), causal in itertools.product(heads, flags)
+    ]
+    return correctness + corner
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arrays of one call, as numpy arrays, in the order of the op's arguments."""
+
+    q: np.ndarray
+    k_cache: np.ndarray
+    block_table: np.ndarray
+    cache_seqlens: np.ndarray
+
+    def device_arrays(self):
+        return tuple(jnp.asarray(x) for x in dataclasses.astuple(self))
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+def random_values(rng, shape, dtype):
+    """Normal with a deviation of 0.1, within [-1, 1]."""
+    values = rng.standard_normal(shape, dtype=np.float32) / 10
+    return np.clip(values, -1, 1).astype(jnp.dtype(dtype))
+
+
+def make_inputs(case: Case, *, lengths=None, max_blocks=None) -> Inputs:
+    """Random inputs in shuffled pages, with poison in all that must not be read.
+
+    Unused slots hold NaN, unused table entries UNUSED_ENTRY.
+    """
+    rng = np.random.default_rng(case.seed)
+    lengths = case.lengths() if lengths is None else np.asarray(lengths, np.int32)
+    used = -(-np.maximum(lengths, 0) // case.page)  # pages of each sequence
+    if max_blocks is None:
+        max_blocks = max(1, int(used.max()))
+    pages = rng.permutation(int(used.sum()) + 3)
+    k_cache = random_values(rng, (len(pages), case.page, case.h_kv, D_K), case.dtype)
+    unused_slots = np.ones(k_cache.shape[:2], bool)
+    table = np.full((case.b, max_blocks), UNUSED_ENTRY, np.int32)
+    for i, (length, first) in enumerate(zip(lengths, np.cumsum(used) - used, strict=True)):
+        ids = pages[first : first + used[i]]
+        table[i, : used[i]] = ids
+        tokens = np.arange(max(length, 0))
+        unused_slots[ids[tokens // case.page], tokens % case.page] = False
+    k_cache[unused_slots] = np.nan
+    q = random_values(rng, (case.b, case.s_q, case.h_q, D_K), case.dtype)
+    return Inputs(q, k_cache, table, lengths)
+
+
+def expected_decode(inputs: Inputs, *, d_v=D_V, softmax_scale=None, causal=False):
+    """Unpaged attention in float64, sequence by sequence.
+
+    Returns:
+      out f64 [b, s_q, h_q, d_v], lse f64 [b, h_q, s_q].
+    """
+    b, s_q, h_q, d_k = inputs.q.shape
+    pages, page, h_kv, _ = inputs.k_cache.shape
+    scale = d_k**-0.5 if softmax_scale is None else softmax_scale
+    out = np.zeros((b, s_q, h_q, d_v))
+    lse = np.full((b, h_q, s_q), np.inf)
+    for i in range(b):
+        length = max(int(inputs.cache_seqlens[i]), 0)
+        ids = inputs.block_table[i, : -(-length // page)]
+        if len(ids) * page < length or any(not 0 <= int(j) < pages for j in ids):
+            out[i], lse[i] = np.nan, np.nan
+            continue
+        tokens = inputs.k_cache[ids].reshape(len(ids) * page, h_kv, d_k)[:length]
+        for head in range(h_q):
+            kv = tokens[:, head // (h_q // h_kv)].astype(np.float64)
+            scores = inputs.q[i, :, head].astype(np.float64) @ kv.T * scale
+            for s in range(s_q):
+                seen = max(length - s_q + 1 + s, 0) if causal else length
+                if seen == 0:
+                    continue
+                weights = np.exp(scores[s, :seen] - scores[s, :seen].max())
+                out[i, s, head] = weights @ kv[:seen, :d_v] / weights.sum()
+                lse[i, head, s] = scores[s, :seen].max() + np.log(weights.sum())
+    return out, lse
+
+
+def assert_decode_close(actual, expected):
+    """Compares (out, lse) with FlashMLA's tolerances."""
+    out, lse = (np.asarray(x) for x in actual)
+    rounded = expected[0].astype(out.dtype)  # as the op rounds its float32 result
+    assert_close("out", out, rounded, atol=8e-4, rtol=2.01 / 128, cosine=5e-6)
+    assert_close("lse", lse, expected[1], atol=1e-6, rtol=8.01 / 65536)
+
+
+def assert_close(name, actual, expected, *, atol, rtol, cosine=None):
+    """Each element within atol or within rtol, inf and NaN in the same places."""
+    assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    for value in (np.nan, np.inf, -np.inf):
+        ours, theirs = (np.isnan(x) if np.isnan(value) else x == value for x in (actual, expected))
+        wrong = np.argwhere(ours != theirs)
+        assert not len(wrong), f"{name}: {value} at other places, the first at {wrong[0]}"
+    finite = np.isfinite(expected)
+    actual, expected = np.where(finite, actual, 0), np.where(finite, expected, 0)
+    error = np.abs(actual - expected)
+    wrong = np.argwhere((error >= atol) & (error >= rtol * (np.abs(expected) + 1e-6)))
+    if len(wrong):
+        at = tuple(wrong[0])
+        raise AssertionError(
+            f"{name}: {len(wrong)} of {error.size} elements are off, the first at {at}: "
+            f"{actual[at]} for {expected[at]}"
+        )
+    squares = (actual**2 + expected**2).sum()
+    if cosine is not None and squares > 1e-12:
+        # 1 - 2 <a, e> / (<a, a> + <e, e>), in a form that does not cancel
+        difference = (error**2).sum() / squares
+        assert difference < cosine, f"{name}: cosine difference {difference}"

@@ -1,0 +1,39 @@
+"""What all tests share: how those that need a GPU are skipped, or fail, where there is none."""
+
+import os
+
+# XLA compiles for an H200 without one, but only where jax does not look for a driver.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import functools
+
+import jax
+import pytest
+
+from jax_flashmla import _ffi
+
+REQUIRE_GPU = os.environ.get("JAX_FLASHMLA_REQUIRE_GPU") == "1"
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    if jax.default_backend() != "gpu" or not _ffi.local_cuda_devices():
+        return f"there is no CUDA device, jax runs on {jax.default_backend()}"
+    return _ffi.unavailable_reason()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is None or (reason := why_no_gpu()) is None:
+        return
+    if REQUIRE_GPU:
+        pytest.fail(f"JAX_FLASHMLA_REQUIRE_GPU=1, but {reason}", pytrace=False)
+    pytest.skip(f"needs a Hopper GPU: {reason}")
+
+
+def pytest_generate_tests(metafunc):
+    """`implementation`: the reference everywhere, the kernel on a GPU."""
+    if "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", ["xla", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,0 +1,478 @@
+"""flash_mla_with_kvcache: against float64, on the ground where such kernels have broken, misuse."""
+
+import random
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import D_K, D_V, UNUSED_ENTRY, Case
+
+import jax_flashmla as fm
+
+
+def decode(inputs, implementation, *, metadata=(None, None), **options):
+    """(out, lse) of the op, as numpy arrays."""
+    results = fm.flash_mla_with_kvcache(
+        *inputs.device_arrays(), D_V, *metadata, implementation=implementation, **options
+    )
+    return tuple(map(np.asarray, results))
+
+
+def check(inputs, implementation, **options):
+    """Runs the op and compares it with float64."""
+    metadata = options.pop("metadata", (None, None))
+    actual = decode(inputs, implementation, metadata=metadata, **options)
+    cases.assert_decode_close(actual, cases.expected_decode(inputs, **options))
+    return actual
+
+
+def metadata_for(lengths, inputs, implementation="xla", **options):
+    s_q, h_q = inputs.q.shape[1:3]
+    h_kv = inputs.k_cache.shape[2]
+    return fm.get_mla_metadata(
+        jnp.asarray(lengths, jnp.int32),
+        s_q * h_q // h_kv,
+        h_kv,
+        implementation=implementation,
+        **options,
+    )
+
+
+def grid_sample():
+    """A few cases of the grid that numpy works through in about a second."""
+    small = [c for c in cases.dense_grid() if c.b * c.s_k * c.h_q * c.s_q <= 2**20]
+    return random.Random(0).sample(small, 20)
+
+
+def test_grid_is_whole():
+    grid = cases.dense_grid()
+    assert len(grid) == len(set(grid)) == 2336
+    assert len({(c.b, c.s_q, c.h_q, c.h_kv, c.causal) for c in grid}) == 416
+
+
+@pytest.mark.parametrize("case", grid_sample(), ids=str)
+def test_grid_sample(case, implementation):
+    check(cases.make_inputs(case), implementation, causal=case.causal)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
+def test_page_sizes_and_dtypes(page, dtype, implementation):
+    case = Case(3, 2, 300, 16, 2, varlen=True, causal=True, page=page, dtype=dtype)
+    check(cases.make_inputs(case), implementation, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("d_k", "d_v", "page", "dtype"),
+    [
+        (64, 64, 1, "float32"),
+        (288, 256, 64, "bfloat16"),
+        (576, 512, 7, "float16"),
+        (8, 3, 5, "float32"),
+    ],
+)
+def test_shapes_without_a_kernel(d_k, d_v, page, dtype):
+    rng = np.random.default_rng(0)
+    inputs = cases.make_inputs(Case(3, 3, 40, 4, 2, varlen=True, page=page, dtype=dtype))
+    inputs = inputs.replace(
+        q=cases.random_values(rng, (3, 3, 4, d_k), dtype),
+        k_cache=cases.random_values(rng, (*inputs.k_cache.shape[:3], d_k), dtype),
+    )
+    actual = fm.flash_mla_with_kvcache(
+        *inputs.device_arrays(), d_v, causal=True, implementation="xla"
+    )
+    expected = cases.expected_decode(inputs, d_v=d_v, causal=True)
+    cases.assert_decode_close(actual, expected)
+
+
+def test_softmax_scale(implementation):
+    inputs = cases.make_inputs(Case(2, 1, 100, 16))
+    check(inputs, implementation, softmax_scale=0.3)
+    given = decode(inputs, implementation, softmax_scale=np.float64(D_K**-0.5))
+    for a, b in zip(given, decode(inputs, implementation), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_lse_is_natural_logarithm(implementation):
+    inputs = cases.make_inputs(Case(2, 1, 200, 3))
+    inputs = inputs.replace(q=np.zeros_like(inputs.q))
+    lse = decode(inputs, implementation)[1]
+    np.testing.assert_allclose(lse, np.log(200.0), rtol=1e-6)
+
+
+def test_traced_lengths_and_tables(implementation):
+    """One compiled function serves all lengths; the schedule is made inside it."""
+    inputs = cases.make_inputs(Case(4, 2, 200, 8, varlen=True), max_blocks=16)
+
+    @jax.jit
+    def step(q, k_cache, block_table, lengths):
+        metadata = fm.get_mla_metadata(lengths, 16, 1, implementation=implementation)
+        return fm.flash_mla_with_kvcache(
+            q, k_cache, block_table, lengths, D_V, *metadata, implementation=implementation
+        )
+
+    for lengths in (inputs.cache_seqlens, inputs.cache_seqlens // 2, inputs.cache_seqlens * 0):
+        shorter = inputs.replace(cache_seqlens=lengths)
+        actual = step(*shorter.device_arrays())
+        cases.assert_decode_close(actual, cases.expected_decode(shorter))
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 7, 132, 1000])
+def test_any_number_of_parts(num_sms, implementation):
+    inputs = cases.make_inputs(Case(5, 1, 400, 16, varlen=True))
+    metadata = metadata_for(inputs.cache_seqlens, inputs, implementation, num_sms=num_sms)
+    check(inputs, implementation, metadata=metadata)
+
+
+# What has broken in such kernels.
+
+
+@pytest.mark.parametrize("entry", [-1, UNUSED_ENTRY])
+@pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 70, 0], [130, 0, 1]])
+def test_empty_sequences(lengths, entry, implementation):
+    inputs = cases.make_inputs(Case(3, 2, 0, 8), lengths=lengths, max_blocks=4)
+    inputs.block_table[inputs.block_table == UNUSED_ENTRY] = entry
+    out, lse = check(inputs, implementation, causal=True)
+    empty = inputs.cache_seqlens == 0
+    assert (out[empty] == 0).all()
+    assert (lse[empty] == np.inf).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_poison_in_unused_slots(poison, implementation):
+    inputs = cases.make_inputs(Case(4, 2, 65, 16, varlen=True, causal=True, page=128))
+    inputs.k_cache[np.isnan(inputs.k_cache)] = poison
+    out, _ = check(inputs, implementation, causal=True)
+    assert np.isfinite(out.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    "planned", [[0, 0, 0, 0], [1, 500, 3, 64], [500, 500, 500, 500], [0, 900, 0, 2**30]], ids=str
+)
+@pytest.mark.parametrize("actual", [[400, 64, 0, 129], [0, 0, 1, 0]], ids=str)
+def test_schedule_of_other_lengths(planned, actual, implementation):
+    """Lengths that grew, shrank, went from 0 to n and back since the schedule was made."""
+    inputs = cases.make_inputs(Case(4, 1, 0, 16), lengths=actual, max_blocks=8)
+    check(inputs, implementation, metadata=metadata_for(planned, inputs, implementation))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tested", ["cuda", "xla"])
+def test_offsets_past_int32(tested):
+    """A pool of more than 2^31 elements, with the pages that matter at its end."""
+    inputs = cases.make_inputs(Case(2, 1, 300, 16))
+    used = len(inputs.k_cache)
+    pages = 2**31 // (64 * D_K) + 1000
+    k_cache = jnp.full((pages, 64, 1, D_K), jnp.nan, jnp.bfloat16)
+    place = jax.jit(lambda pool, end: pool.at[-used:].set(end), donate_argnums=0)
+    k_cache = place(k_cache, jnp.asarray(inputs.k_cache))
+    table = np.where(
+        inputs.block_table == UNUSED_ENTRY, UNUSED_ENTRY, inputs.block_table % used + pages - used
+    ).astype(np.int32)
+    actual = fm.flash_mla_with_kvcache(
+        jnp.asarray(inputs.q),
+        k_cache,
+        jnp.asarray(table),
+        jnp.asarray(inputs.cache_seqlens),
+        D_V,
+        implementation=tested,
+    )
+    cases.assert_decode_close(actual, cases.expected_decode(inputs))
+
+
+@pytest.mark.gpu
+def test_scratch_offsets_past_int32():
+    """So many parts that their partial results hold more than 2^31 elements."""
+    parts = 2**31 // (2 * 128 * D_V) + 100
+    length = 64 * parts
+    q = cases.random_values(np.random.default_rng(0), (1, 1, 128, D_K), "bfloat16")
+    pool = cases.random_values(np.random.default_rng(1), (50, 64, 1, D_K), "bfloat16")
+    table = np.arange(parts, dtype=np.int32)[None] % 50
+    arrays = [jnp.asarray(x) for x in (q, pool, table, np.array([length], np.int32))]
+    metadata = fm.get_mla_metadata(arrays[3], 128, 1, num_sms=2 * parts, implementation="cuda")
+    assert metadata[0].num_parts == parts
+    actual = fm.flash_mla_with_kvcache(*arrays, D_V, *metadata, implementation="cuda")
+    expected = fm.flash_mla_with_kvcache(*arrays, D_V, implementation="xla")
+    cases.assert_decode_close(actual, tuple(np.asarray(x, np.float64) for x in expected))
+
+
+@pytest.mark.parametrize("b", [16385, pytest.param(70000, marks=pytest.mark.gpu)])
+def test_many_sequences(b, implementation):
+    """More sequences than a grid's y axis or a list of fixed size holds."""
+    few = cases.make_inputs(Case(64, 1, 0, 1, page=16), lengths=np.arange(64) % 32)
+    often = -(-b // 64)
+    inputs = few.replace(
+        **{
+            name: np.tile(getattr(few, name), (often, *[1] * (getattr(few, name).ndim - 1)))[:b]
+            for name in ("q", "block_table", "cache_seqlens")
+        }
+    )
+    out, lse = cases.expected_decode(few)
+    expected = np.tile(out, (often, 1, 1, 1))[:b], np.tile(lse, (often, 1, 1))[:b]
+    cases.assert_decode_close(decode(inputs, implementation), expected)
+
+
+@pytest.mark.gpu
+def test_many_rows():
+    """More row tiles than a grid's y or z axis holds."""
+    s_q, h_q = 33000, 128
+    q = jax.random.normal(jax.random.key(0), (1, s_q, h_q, D_K), jnp.bfloat16)
+    inputs = cases.make_inputs(Case(1, 1, 100, 1))
+    _, *rest = inputs.device_arrays()
+    out, lse = fm.flash_mla_with_kvcache(q, *rest, D_V, implementation="cuda")
+    some = slice(0, s_q, 1009)  # without a mask, queries do not depend on one another
+    expected = fm.flash_mla_with_kvcache(q[:, some], *rest, D_V, implementation="xla")
+    cases.assert_decode_close(
+        (out[:, some], lse[..., some]), tuple(np.asarray(x, np.float64) for x in expected)
+    )
+
+
+def test_repeat_runs_are_bit_equal(implementation):
+    inputs = cases.make_inputs(Case(6, 2, 700, 32, varlen=True, causal=True))
+    first = decode(inputs, implementation, causal=True)
+    for _ in range(50 if implementation == "cuda" else 2):
+        again = decode(inputs, implementation, causal=True)
+        for a, b in zip(first, again, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_alone_as_in_a_batch(implementation):
+    inputs = cases.make_inputs(Case(4, 1, 400, 16, varlen=True))
+    out, lse = decode(inputs, implementation)
+    for i in range(4):
+        alone = inputs.replace(
+            q=inputs.q[i : i + 1],
+            block_table=inputs.block_table[i : i + 1],
+            cache_seqlens=inputs.cache_seqlens[i : i + 1],
+        )
+        expected = out[i : i + 1].astype(np.float64), lse[i : i + 1].astype(np.float64)
+        cases.assert_decode_close(decode(alone, implementation), expected)
+
+
+@pytest.mark.parametrize("h_q", [3, 128])
+def test_more_queries_than_tokens(h_q, implementation):
+    inputs = cases.make_inputs(Case(4, 6, 0, h_q), lengths=[1, 3, 6, 70])
+    out, lse = check(inputs, implementation, causal=True)
+    assert (out[0, :5] == 0).all()
+    assert (lse[0, :, :5] == np.inf).all()
+    assert np.isfinite(lse[0, :, 5]).all()
+
+
+# What only the device can see.
+
+
+@pytest.mark.parametrize("bad_id", [-1, -(2**31), "pages", 2**31 - 1])
+@pytest.mark.parametrize("position", [0, 2])
+def test_needed_page_outside_the_pool(position, bad_id, implementation):
+    inputs = cases.make_inputs(Case(3, 2, 150, 8))
+    inputs.block_table[1, position] = len(inputs.k_cache) if bad_id == "pages" else bad_id
+    out, lse = check(inputs, implementation, causal=True)
+    for i, bad in enumerate([False, True, False]):
+        assert (np.isnan(out[i].astype(np.float32)) == bad).all()
+        assert (np.isnan(lse[i]) == bad).all()
+
+
+@pytest.mark.parametrize("length", [193, 2**31 - 1])
+def test_length_beyond_the_table(length, implementation):
+    inputs = cases.make_inputs(Case(3, 1, 192, 8))
+    inputs.cache_seqlens[2] = length
+    out, lse = check(inputs, implementation)
+    assert np.isnan(lse[2]).all()
+    assert not np.isnan(lse[:2]).any()
+    assert not np.isnan(out[:2].astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("length", [-1, -(2**31)])
+def test_negative_length_counts_as_zero(length, implementation):
+    inputs = cases.make_inputs(Case(3, 2, 0, 8), lengths=[100, length, 64])
+    out, lse = check(inputs, implementation, causal=True)
+    assert (out[1] == 0).all()
+    assert (lse[1] == np.inf).all()
+
+
+def test_no_pages_and_no_table(implementation):
+    inputs = cases.make_inputs(Case(2, 1, 0, 8), lengths=[0, 10])
+    for changes in (
+        {"k_cache": inputs.k_cache[:0]},
+        {"block_table": inputs.block_table[:, :0]},
+    ):
+        _, lse = check(inputs.replace(**changes), implementation)
+        assert (lse[0] == np.inf).all()
+        assert np.isnan(lse[1]).all()
+
+
+# Transformations.
+
+
+def test_eager_calls_compile_once():
+    inputs = cases.make_inputs(Case(2, 1, 37, 5))
+    events = []
+
+    def listen(event, duration, **_):
+        events.append(event)
+
+    arrays = inputs.device_arrays()
+    fm.flash_mla_with_kvcache(*arrays, D_V)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(3):
+            fm.flash_mla_with_kvcache(*arrays, D_V)
+        repeated = list(events)
+        fm.flash_mla_with_kvcache(*cases.make_inputs(Case(3, 1, 37, 5)).device_arrays(), D_V)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not [event for event in repeated if "trace" in event or "compile" in event]
+    assert [event for event in events if "compile" in event], "the listener hears nothing"
+
+
+def test_primitives_stand_in_jaxprs_by_name():
+    inputs = cases.make_inputs(Case(2, 1, 37, 5))
+    jaxpr = jax.make_jaxpr(lambda *args: fm.flash_mla_with_kvcache(*args, D_V))(
+        *inputs.device_arrays()
+    )
+    names = [eqn.primitive.name for eqn in jaxpr.eqns]
+    assert names == ["get_mla_metadata", "flash_mla_with_kvcache"]
+
+
+def test_derivative_raises():
+    q, *rest = cases.make_inputs(Case(1, 1, 10, 2)).device_arrays()
+
+    def loss(q):
+        return fm.flash_mla_with_kvcache(q, *rest, D_V)[1].sum()
+
+    with pytest.raises(NotImplementedError, match="flash_mla_with_kvcache is an inference op"):
+        jax.grad(loss)(q)
+    assert jax.grad(lambda q: loss(jax.lax.stop_gradient(q)))(q).shape == q.shape
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["metadata-made", "metadata-given"])
+@pytest.mark.parametrize("in_axes", [(0, None, 0, 0), (1, None, None, None), (None, 0, 0, None)])
+def test_vmap_folds_into_the_batch(in_axes, given, implementation):
+    many = [cases.make_inputs(Case(2, 2, 60, 8, seed=i), lengths=[60, 70 * i]) for i in range(3)]
+    pages = max(len(m.k_cache) for m in many)
+    width = max(m.block_table.shape[1] for m in many)
+    columns = []
+    for name, axis in zip(("q", "k_cache", "block_table", "cache_seqlens"), in_axes, strict=True):
+        arrays = [getattr(m, name) for m in many]
+        if name == "k_cache":
+            arrays = [np.pad(a, [(0, pages - len(a))] + [(0, 0)] * 3) for a in arrays]
+        if name == "block_table":
+            fill = {"constant_values": UNUSED_ENTRY}
+            arrays = [np.pad(a, [(0, 0), (0, width - a.shape[1])], **fill) for a in arrays]
+        columns.append([arrays[0]] * 3 if axis is None else arrays)
+    many = [cases.Inputs(*row) for row in zip(*columns, strict=True)]
+    stacked = [
+        jnp.asarray(column[0] if axis is None else np.stack(column, axis))
+        for column, axis in zip(columns, in_axes, strict=True)
+    ]
+
+    def call(q, k_cache, block_table, lengths):
+        arrays = (q, k_cache, block_table, lengths)
+        metadata = (None, None)
+        if given:
+            metadata = fm.get_mla_metadata(lengths, 16, 1, implementation=implementation)
+        return fm.flash_mla_with_kvcache(*arrays, D_V, *metadata, implementation=implementation)
+
+    out, lse = jax.jit(jax.vmap(call, in_axes))(*stacked)
+    for i, inputs in enumerate(many):
+        cases.assert_decode_close((out[i], lse[i]), cases.expected_decode(inputs))
+
+
+# Misuse: the error comes before anything runs and names the argument and its value.
+
+
+def call_with(**changes):
+    """The op on good arguments of batch 2, s_q 1, h_q 4, of which some are changed."""
+    arguments = {
+        "q": jnp.zeros((2, 1, 4, D_K), jnp.bfloat16),
+        "k_cache": jnp.zeros((8, 64, 1, D_K), jnp.bfloat16),
+        "block_table": jnp.zeros((2, 4), jnp.int32),
+        "cache_seqlens": jnp.ones(2, jnp.int32),
+        "head_dim_v": D_V,
+        "implementation": "xla",
+    }
+    return fm.flash_mla_with_kvcache(**{**arguments, **changes})
+
+
+def schedule_for(b=2, rows=4, h_kv=1):
+    return fm.get_mla_metadata(jnp.ones(b, jnp.int32), rows, h_kv, implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": jnp.zeros((2, 4, D_K))}, ValueError, r"q must have shape .*got \[2, 4, 576\]"),
+        ({"q": jnp.zeros((2, 1, 4, D_K), jnp.int8)}, TypeError, "q must have dtype .*got int8"),
+        ({"q": jnp.zeros((2, 0, 4, D_K), jnp.bfloat16)}, ValueError, "q must have no empty axis"),
+        ({"k_cache": jnp.zeros((8, 64, 1, D_K), jnp.float16)}, TypeError, "k_cache .*got float16"),
+        ({"k_cache": jnp.zeros((8, 64, D_K), jnp.bfloat16)}, ValueError, "k_cache must have shape"),
+        (
+            {"k_cache": jnp.zeros((8, 64, 1, 512), jnp.bfloat16)},
+            ValueError,
+            "k_cache .*must be 576",
+        ),
+        ({"k_cache": jnp.zeros((8, 64, 3, D_K), jnp.bfloat16)}, ValueError, "h_kv must divide h_q"),
+        ({"k_cache": jnp.zeros((8, 0, 1, D_K), jnp.bfloat16)}, ValueError, "axis 0 of k_cache"),
+        ({"block_table": jnp.zeros((3, 4), jnp.int32)}, ValueError, "block_table .*must be 2"),
+        ({"block_table": jnp.zeros((2, 4))}, TypeError, "block_table .*got float32"),
+        ({"cache_seqlens": jnp.ones(3, jnp.int32)}, ValueError, "cache_seqlens .*must be 2"),
+        ({"cache_seqlens": jnp.ones(2, jnp.int16)}, TypeError, "cache_seqlens .*got int16"),
+        ({"head_dim_v": 577}, ValueError, "head_dim_v must be at most .*577"),
+        ({"head_dim_v": 0}, ValueError, "head_dim_v must be .*got 0"),
+        ({"head_dim_v": 512.0}, TypeError, "head_dim_v must be a static Python int"),
+        ({"softmax_scale": 0}, ValueError, "softmax_scale must be finite and above 0.*got 0"),
+        ({"softmax_scale": -1.0}, ValueError, "softmax_scale .*got -1.0"),
+        ({"softmax_scale": float("nan")}, ValueError, "softmax_scale .*got nan"),
+        ({"softmax_scale": 1e300}, ValueError, r"softmax_scale .*got 1e\+300"),
+        ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a static Python number"),
+        ({"softmax_scale": jnp.float32(1)}, TypeError, "softmax_scale must be a static Python"),
+        ({"causal": 1}, TypeError, "causal must be a static Python bool, got 1"),
+        ({"implementation": "triton"}, ValueError, "implementation must be one of .*'triton'"),
+        ({"num_splits": jnp.zeros(3, jnp.int32)}, ValueError, "None for tile_scheduler_metadata"),
+        ({"tile_scheduler_metadata": schedule_for()[0]}, ValueError, "None for num_splits"),
+    ],
+)
+def test_misuse(changes, error, message):
+    with pytest.raises(error, match=message):
+        call_with(**changes)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "message"),
+    [
+        ({"b": 3}, "batch=3, but this call has 2"),
+        ({"rows": 8}, "num_heads_per_head_k=8, but this call has 4"),
+        ({"h_kv": 2}, "num_heads_k=2, but this call has 1"),
+    ],
+)
+def test_metadata_of_another_call(made_for, message):
+    metadata, num_splits = schedule_for(**made_for)
+    with pytest.raises(ValueError, match=message):
+        call_with(tile_scheduler_metadata=metadata, num_splits=num_splits)
+    with pytest.raises(ValueError, match=message):  # also where all arrays are traced
+        jax.eval_shape(
+            lambda m, n: call_with(tile_scheduler_metadata=m, num_splits=n), metadata, num_splits
+        )
+
+
+def test_metadata_of_another_kind():
+    metadata, num_splits = schedule_for()
+    with pytest.raises(TypeError, match="tile_scheduler_metadata must be .*got tuple"):
+        call_with(tile_scheduler_metadata=(metadata,), num_splits=num_splits)
+    with pytest.raises(ValueError, match="num_splits .*must be 3"):
+        call_with(tile_scheduler_metadata=metadata, num_splits=num_splits[1:])
+    call_with(tile_scheduler_metadata=metadata, num_splits=num_splits)
+
+
+def test_traced_softmax_scale():
+    with pytest.raises(TypeError, match="softmax_scale must be a static .*traced"):
+        jax.jit(lambda scale: call_with(softmax_scale=scale))(0.1)
+
+
+def test_kernel_on_another_platform():
+    if jax.default_backend() == "gpu":
+        pytest.skip("for machines without a GPU")
+    with pytest.raises(NotImplementedError, match="no kernel for the platform cpu"):
+        call_with(implementation="cuda")

@@ -1,0 +1,180 @@
+"""get_mla_metadata: its integers against a slow loop, and that they cover all work once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flashmla as fm
+from jax_flashmla import schedule
+
+TILE, OVERHEAD = 64, 5
+
+LENGTHS = {
+    "one": [4096],
+    "one short": [1],
+    "one empty": [0],
+    "uniform": [4096] * 128,
+    "ragged": [1, 64, 65, 0, 8192, 63, 128, 300, 0, 0, 77, 12345],
+    "empty": [0] * 7,
+    "empty at the ends": [0, 0, 500, 0],
+    "negative": [-1, 100, -(2**31), 64],
+    "long": [131072, 5],
+    "largest": [2**31 - 1] * 3,
+    "many": list(range(3000)),
+}
+# num_sms of a call with 128 rows and one KV head: two SMs a part
+NUM_SMS = [1, 2, 7, 132, 200]
+
+
+def slow_schedule(lengths, num_parts):
+    """The schedule in Python integers, one request and one part after the other."""
+    b = len(lengths)
+    tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
+    starts = np.concatenate([[0], np.cumsum([t + OVERHEAD for t in tiles])]).tolist()
+    payload = max(-(-starts[-1] // num_parts), 1)
+    bounds = []
+    for p in range(num_parts + 1):
+        cut = p * payload
+        if p == num_parts or cut >= starts[-1]:
+            bounds.append((b, 0))
+            continue
+        i = next(i for i in range(b) if starts[i] <= cut < starts[i + 1])
+        bounds.append((i, max(0, cut - starts[i] - OVERHEAD)))
+    first_part, num_splits = [], [0]
+    for i in range(b):
+        first = min(starts[i] + OVERHEAD, starts[i + 1] - 1) // payload
+        last = (starts[i + 1] - 1) // payload
+        first_part.append(first)
+        num_splits.append(num_splits[-1] + last - first + 1)
+    return bounds, first_part, num_splits
+
+
+def make(lengths, num_sms, implementation):
+    metadata, num_splits = fm.get_mla_metadata(
+        jnp.asarray(lengths, jnp.int32), 128, 1, num_sms=num_sms, implementation=implementation
+    )
+    return metadata, np.asarray(num_splits)
+
+
+@pytest.mark.parametrize("num_sms", NUM_SMS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_integers(lengths, num_sms, implementation):
+    metadata, num_splits = make(lengths, num_sms, implementation)
+    assert metadata.num_parts == max(1, num_sms // 2)
+    bounds, first_part, splits = slow_schedule(lengths, metadata.num_parts)
+    for actual, expected in (
+        (metadata.part_bounds, bounds),
+        (metadata.first_part, first_part),
+        (num_splits, splits),
+    ):
+        assert actual.dtype == np.int32
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("num_sms", NUM_SMS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_each_tile_has_one_owner(lengths, num_sms):
+    """Parts walk from bound to bound; what they meet is each request's tiles, in its splits."""
+    metadata, num_splits = make(lengths, num_sms, "xla")
+    bounds = [tuple(map(int, bound)) for bound in metadata.part_bounds]
+    first_part = np.asarray(metadata.first_part).tolist()
+    b = len(lengths)
+    tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
+    assert bounds[0] == (0, 0)
+    assert bounds[-1] == (b, 0)
+    pieces = [[] for _ in lengths]  # of each request: (part, first tile, end tile)
+    for p in range(metadata.num_parts):
+        (i, tile), (last, last_tile) = bounds[p : p + 2]
+        assert (i, tile) <= (last, last_tile)
+        while (i, tile) < (last, last_tile):
+            end = last_tile if i == last else tiles[i]
+            pieces[i].append((p, tile, end))
+            i, tile = i + 1, 0
+    for i in range(b):
+        parts = [part for part, _, _ in pieces[i]]
+        assert parts == list(range(first_part[i], first_part[i] + len(parts)))
+        assert len(parts) == num_splits[i + 1] - num_splits[i] >= 1
+        edges = [tile for _, tile, _ in pieces[i]] + [pieces[i][-1][2]]
+        assert edges[0] == 0
+        assert edges[-1] == tiles[i]
+        assert tiles[i] == 0 or all(a < b for a, b in zip(edges, edges[1:], strict=False))
+    for p in range(metadata.num_parts):  # the workspace has two slots for each part
+        shared = [i for i in range(b) if len(pieces[i]) > 1 and p in [x[0] for x in pieces[i]]]
+        assert len(shared) <= 2
+
+
+def test_parts_share_the_work():
+    metadata, _ = make([4096] * 128, 132, "xla")
+    cost = [int(i) * (64 + OVERHEAD) + int(t) for i, t in metadata.part_bounds]
+    assert max(np.diff(cost)) <= -(-cost[-1] // metadata.num_parts) + OVERHEAD
+
+
+@pytest.mark.parametrize(
+    ("rows", "h_kv", "num_sms", "parts"),
+    [(1, 1, None, 132), (64, 1, None, 132), (65, 1, None, 66), (512, 1, 132, 16), (64, 8, 132, 16)]
+    + [(128, 100, 132, 1), (16, 1, 78, 78)],
+)
+def test_number_of_parts(rows, h_kv, num_sms, parts, monkeypatch):
+    monkeypatch.setattr(schedule._ffi, "local_cuda_devices", lambda: [])
+    metadata, _ = fm.get_mla_metadata(
+        jnp.ones(2, jnp.int32), rows, h_kv, num_sms=num_sms, implementation="xla"
+    )
+    assert (metadata.batch, metadata.num_heads_per_head_k, metadata.num_heads_k) == (2, rows, h_kv)
+    assert metadata.num_parts == parts
+    assert metadata.part_bounds.shape == (parts + 1, 2)
+    assert metadata.first_part.shape == (2,)
+
+
+@pytest.mark.gpu
+def test_parts_follow_the_device():
+    metadata, _ = fm.get_mla_metadata(jnp.ones(2, jnp.int32), 1, 1, implementation="cuda")
+    assert metadata.num_parts == jax.local_devices(backend="cuda")[0].core_count
+
+
+def test_metadata_is_a_pytree():
+    metadata, _ = make([10, 20], 132, "xla")
+    leaves, structure = jax.tree.flatten(metadata)
+    assert [leaf.dtype for leaf in leaves] == [jnp.int32, jnp.int32]
+    again = jax.tree.unflatten(structure, leaves)
+    assert (again.batch, again.num_parts) == (2, 66)
+    _, other = jax.tree.flatten(make([10, 20, 30], 132, "xla")[0])
+    assert structure != other
+
+
+def test_in_a_loop_and_under_vmap(implementation):
+    def total(lengths):
+        def body(i, sum_):
+            _, num_splits = fm.get_mla_metadata(
+                lengths + 1000 * i, 128, 1, num_sms=132, implementation=implementation
+            )
+            return sum_ + num_splits[-1]
+
+        return jax.lax.fori_loop(0, 4, body, jnp.int32(0))
+
+    rows = jnp.array([[5, 6000, 0], [1, 1, 1], [70000, 3, 900]], jnp.int32)
+    expected = [
+        sum(slow_schedule((row + 1000 * i).tolist(), 66)[2][-1] for i in range(4))
+        for row in np.asarray(rows)
+    ]
+    assert jax.jit(jax.vmap(total))(rows).tolist() == expected
+    assert [int(jax.jit(total)(row)) for row in rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((jnp.ones((2, 1), jnp.int32), 1, 1), {}, ValueError, r"cache_seqlens .*got \[2, 1\]"),
+        ((jnp.ones(2), 1, 1), {}, TypeError, "cache_seqlens .*got float32"),
+        ((jnp.ones(0, jnp.int32), 1, 1), {}, ValueError, "cache_seqlens must hold at least one"),
+        ((jnp.ones(2, jnp.int32), 0, 1), {}, ValueError, "num_heads_per_head_k .*got 0"),
+        ((jnp.ones(2, jnp.int32), 1.5, 1), {}, TypeError, "num_heads_per_head_k .*got 1.5"),
+        ((jnp.ones(2, jnp.int32), 1, -2), {}, ValueError, "num_heads_k .*got -2"),
+        ((jnp.ones(2, jnp.int32), 1, jnp.int32(1)), {}, TypeError, "num_heads_k must be a static"),
+        ((jnp.ones(2, jnp.int32), 1, 1), {"num_sms": 0}, ValueError, "num_sms .*got 0"),
+        ((jnp.ones(2, jnp.int32), 1, 1), {"implementation": "gpu"}, ValueError, "got 'gpu'"),
+    ],
+)
+def test_misuse(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        fm.get_mla_metadata(*arguments, **options)
