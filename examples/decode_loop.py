@@ -361,7 +361,7 @@ def parse_args(argv):
     option("--layers", default=8 if hopper else 3)
     option("--batch", default=64 if hopper else 4)
     option("--heads", default=16 if hopper else 8)
-    option("--steps", default=256 if hopper else 200)
+    option("--steps", default=256 if hopper else 128)
     option(
         "--prompt",
         default=2048 if hopper else 96,
