@@ -81,8 +81,9 @@ ffi::Error LaunchWith(cudaStream_t stream, const AppendParams& params) {
   const int64_t row_vectors = params.row_bytes / static_cast<int64_t>(sizeof(Vector));
   const int64_t segments = CeilDiv<int64_t>(row_vectors, kSegmentVectors);
   const int64_t blocks = CeilDiv<int64_t>(params.num_tokens * segments, kWarps);
-  return LaunchOverlapped(kOp, stream, dim3(std::min(blocks, kMaxBlocks)), dim3(kWarps * kWarpSize),
-                          0, AppendKvKernel<Vector>, params, row_vectors, segments);
+  return LaunchOverlapped(kOp, stream,
+                          {.grid = dim3(std::min(blocks, kMaxBlocks)), .block = kWarps * kWarpSize},
+                          AppendKvKernel<Vector>, params, row_vectors, segments);
 }
 
 ffi::Error Launch(cudaStream_t stream, const AppendParams& params) {

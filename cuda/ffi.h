@@ -26,6 +26,8 @@ using I32 = ffi::Buffer<ffi::S32, rank>;
 template <size_t rank>
 using I32Result = ffi::ResultBuffer<ffi::S32, rank>;
 template <size_t rank>
+using F32 = ffi::Buffer<ffi::F32, rank>;
+template <size_t rank>
 using F32Result = ffi::ResultBuffer<ffi::F32, rank>;
 using Dims = ffi::Span<const int64_t>;
 
@@ -83,22 +85,44 @@ inline ffi::Error CheckArgument(bool condition, const char* op, const std::strin
   return ffi::Error::InvalidArgument("jax_flashmla: " + std::string(op) + ": " + message);
 }
 
+// Success if a grid of this many blocks along x can be launched.
+inline ffi::Error CheckGrid(const char* op, int64_t blocks) {
+  constexpr int64_t kMaxBlocks = 0x7fffffff;
+  return CheckArgument(blocks <= kMaxBlocks, op,
+                       "the shapes need " + std::to_string(blocks) +
+                           " thread blocks, more than one launch can have; split the batch");
+}
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;  // dynamic; a kernel gets more than 48 KB only here
+  unsigned cluster = 1;     // blocks along x
+};
+
 // Launches `kernel` so that its blocks may start while the kernel before it in the stream still
-// runs: it must wait for that kernel before it touches global memory.
+// runs: it must wait for that one (griddepcontrol.wait) before it reads or writes global memory.
 template <typename... Parameters, typename... Arguments>
-ffi::Error LaunchOverlapped(const char* op, cudaStream_t stream, dim3 grid, dim3 block,
-                            size_t shared_bytes, void (*kernel)(Parameters...),
-                            Arguments&&... arguments) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+ffi::Error LaunchOverlapped(const char* op, cudaStream_t stream, const LaunchShape& shape,
+                            void (*kernel)(Parameters...), Arguments&&... arguments) {
+  constexpr size_t kSharedBytesWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes > kSharedBytesWithoutAsking) {
+    JAX_FLASHMLA_CHECK(
+        CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shape.shared_bytes)),
+                  op));
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {shape.cluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = shape.cluster > 1 ? 2 : 1;
   return CheckCuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
 }
 

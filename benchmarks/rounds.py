@@ -1,0 +1,181 @@
+"""Rounds of the public op: the jitted functions, compiled ahead, and their inputs.
+
+A round is one jitted function of many calls. Each call reads pages, a table and queries of its
+own; lengths, and metadata where it is given, are shared, as by the layers of a model. The
+output buffers are donated, so that every round writes where the last one wrote: XLA's command
+buffers then never have to be updated, and each round depends on the one before. Within a round
+the calls share one scratch buffer, which orders them; decode.py --profile shows that they do
+not overlap.
+"""
+
+import concurrent.futures
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import oracle
+from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
+from timing import Round
+from workloads import HEAD_DIM_K, HEAD_DIM_V, page_tables
+
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
+POOL_CHUNK_TOKENS = 65536
+MAX_POOL_TOKENS = 67584 * 64  # 5 GB; a case that needs more gets more
+
+# The oracle's float32 products need no search for the fastest algorithm.
+ORACLE_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+def make_pool(cases, calls):
+    """One random pool, [pages, page_block_size, 1, 576], that serves all cases of one dtype."""
+    dtype, page = DTYPES[cases[0].dtype], cases[0].page_block_size
+    tokens = 0
+    for case in cases:
+        one = case.pages() * case.page_block_size
+        tokens = max(tokens, one, min(one * calls(case), MAX_POOL_TOKENS))
+    chunk = min(POOL_CHUNK_TOKENS, -(-tokens // 256) * 256)
+    chunks = -(-tokens // chunk)
+
+    @jax.jit
+    def draw(key):
+        normal = functools.partial(jax.random.normal, shape=(chunk, HEAD_DIM_K), dtype=dtype)
+        drawn = jax.lax.map(normal, jax.random.split(key, chunks))
+        return drawn.reshape(-1, page, 1, HEAD_DIM_K)
+
+    return draw(jax.random.key(0))
+
+
+def _metadata(case, implementation, lengths):
+    return get_mla_metadata(lengths, case.s_q * case.h_q, 1, implementation=implementation)
+
+
+def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementation):
+    """All calls of a round. `lengths` is a list: one array for all calls, or one for each."""
+    results = []
+    for i, (q, table) in enumerate(zip(qs, tables, strict=True)):
+        lens = lengths[i % len(lengths)]
+        if results and not metadata:
+            # The metadata of this call waits for the last call too.
+            lens, results[-1] = jax.lax.optimization_barrier((lens, results[-1]))
+        result = flash_mla_with_kvcache(
+            q, pool, table, lens, HEAD_DIM_V, *metadata,
+            causal=case.causal, implementation=implementation,
+        )  # fmt: skip
+        results.append(result)
+    return [out for out, _ in results], [lse for _, lse in results]
+
+
+class Shapes:
+    """The compiled functions of one shape key."""
+
+    def __init__(self, case, pool_pages, calls):
+        self.case, self.calls = case.shape_key, calls
+        b, s, h, page = case.batch, case.s_q, case.h_q, case.page_block_size
+        dtype, i32 = DTYPES[case.dtype], jnp.int32
+        struct = jax.ShapeDtypeStruct
+        self.q = struct((b, s, h, HEAD_DIM_K), dtype)
+        self.out = struct((b, s, h, HEAD_DIM_V), dtype)
+        self.lse = struct((b, h, s), jnp.float32)
+        self.pool = struct((pool_pages, page, 1, HEAD_DIM_K), dtype)
+        self.table = struct((b, case.table_width), i32)
+        self.lengths = struct((b,), i32)
+
+    def draw(self):
+        """(queries, an out and an lse full of NaN) from a key."""
+
+        def draw(key):
+            return (
+                jax.random.normal(key, self.q.shape, self.q.dtype),
+                jnp.full(self.out.shape, jnp.nan, self.out.dtype),
+                jnp.full(self.lse.shape, jnp.nan, self.lse.dtype),
+            )
+
+        return jax.jit(draw).lower(jax.random.key(0)).compile()
+
+    def metadata(self, implementation):
+        make = functools.partial(_metadata, self.case, implementation)
+        return jax.jit(make).lower(self.lengths).compile()
+
+    def round(self, implementation, made_in_call, calls=None):
+        """The round with its metadata given, or made by each call."""
+        calls = calls or self.calls
+        make = functools.partial(_metadata, self.case, implementation)
+        metadata = () if made_in_call else jax.eval_shape(make, self.lengths)
+        function = functools.partial(_round, case=self.case, implementation=implementation)
+        # Lengths of their own keep XLA from merging the metadata of all calls into one.
+        lengths = [self.lengths] * (calls if made_in_call else 1)
+        function = jax.jit(function, donate_argnums=(0, 1), keep_unused=True)
+        return function.lower(
+            [self.out] * calls, [self.lse] * calls, self.pool, [self.q] * calls,
+            [self.table] * calls, lengths, metadata,
+        ).compile()  # fmt: skip
+
+    def errors(self, outs):
+        lowered = oracle.errors.lower(
+            self.pool, self.q, self.table, self.lengths, [self.out] * outs, [self.lse] * outs,
+            causal=self.case.causal,
+        )  # fmt: skip
+        on_gpu = jax.default_backend() == "gpu"
+        return lowered.compile(compiler_options=ORACLE_OPTIONS if on_gpu else None)
+
+
+class Compiler:
+    """Compiles what the cases need, in parallel and ahead of the timing."""
+
+    def __init__(self):
+        self._pool = concurrent.futures.ThreadPoolExecutor(max(2, min(8, os.cpu_count() // 2)))
+        self._jobs = {}
+
+    def submit(self, key, method, *args):
+        if key not in self._jobs:
+            self._jobs[key] = self._pool.submit(method, *args)
+
+    def wait(self):
+        done = concurrent.futures.as_completed(self._jobs.values())
+        for count, _ in enumerate(done, 1):
+            if count % 25 == 0 or count == len(self._jobs):
+                print(f"compiled {count} of {len(self._jobs)}", flush=True)
+
+    def close(self):
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __getitem__(self, key):
+        return self._jobs[key].result()
+
+
+class Inputs:
+    """The input sets of one case, on the device."""
+
+    def __init__(self, case, draw, pool, calls):
+        self.pool = pool
+        tables = page_tables(case, pool.shape[0], calls)
+        self.tables = [jax.device_put(table) for table in tables]
+        self.lengths = jnp.asarray(case.lengths(), jnp.int32)
+        self._draw = draw
+        self.qs = [draw(jax.random.key(i))[0] for i in range(calls)]
+
+    def poisoned(self, calls):
+        """Output buffers in which nothing is written yet."""
+        drawn = [self._draw(jax.random.key(i))[1:] for i in range(calls)]
+        return [out for out, _ in drawn], [lse for _, lse in drawn]
+
+
+class OpRound:
+    """A compiled round with its inputs; `outs` and `lses` are those of the last round."""
+
+    def __init__(self, function, inputs, metadata, calls):
+        made_in_call = not metadata
+        lengths = [inputs.lengths]
+        if made_in_call:
+            lengths = [jnp.array(inputs.lengths, copy=True) for _ in range(calls)]
+        arguments = (inputs.pool, inputs.qs[:calls], inputs.tables[:calls], lengths, metadata)
+        self.outs, self.lses = inputs.poisoned(calls)
+
+        def enqueue():
+            self.outs, self.lses = function(self.outs, self.lses, *arguments)
+
+        def wait():
+            self.lses[-1].block_until_ready()
+
+        self.round = Round(calls, enqueue, wait)

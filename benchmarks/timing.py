@@ -1,0 +1,93 @@
+"""Timing of rounds: a round is a fixed number of calls, each on an input set of its own.
+
+Ours and a peer's are timed alike: many rounds are enqueued, the host waits once at the end,
+and the rivals take turns so that clocks and heat treat them alike.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+
+@dataclasses.dataclass
+class Round:
+    """One round: `enqueue` starts its calls, `wait` returns when they and all before have ended."""
+
+    calls: int
+    enqueue: Callable[[], None]
+    wait: Callable[[], None]
+    keep: tuple = ()  # what must live as long as the round
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    us: float  # a call, median over the repeats
+    spread: float  # (slowest - fastest) / median of the repeats
+    host_us: float  # a call, the host's part: enqueueing on an idle device
+    sm_mhz: int | None  # the SM clock seen half way through the last repeat
+
+
+def _seconds(round_, rounds):
+    start = time.perf_counter()
+    for _ in range(rounds):
+        round_.enqueue()
+    round_.wait()
+    return time.perf_counter() - start
+
+
+def _host_seconds(round_):
+    round_.wait()
+    start = time.perf_counter()
+    round_.enqueue()
+    enqueued = time.perf_counter() - start
+    round_.wait()
+    return enqueued
+
+
+def time_rounds(rounds, *, repeats, seconds, sm_clock=None):
+    """Times of several rivals: {name: Round} -> {name: Timing}.
+
+    A repeat of one rival lasts about `seconds`; the repeats of all rivals are interleaved.
+    """
+    counts, host, times, clocks = {}, {}, {}, {}
+    for name, round_ in rounds.items():
+        _seconds(round_, 3)
+        each = min(_seconds(round_, 2) for _ in range(2)) / 2
+        counts[name] = max(2, round(seconds / each))
+        host[name] = statistics.median(_host_seconds(round_) for _ in range(3))
+        times[name] = []
+    for repeat in range(repeats):
+        for name, round_ in rounds.items():
+            # The clock is read while the device still works through what is enqueued.
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                round_.enqueue()
+            if sm_clock is not None and repeat == repeats - 1:
+                clocks[name] = sm_clock()
+            round_.wait()
+            elapsed = time.perf_counter() - start
+            times[name].append(1e6 * elapsed / (counts[name] * round_.calls))
+    return {
+        name: Timing(
+            us=statistics.median(values),
+            spread=(max(values) - min(values)) / statistics.median(values),
+            host_us=1e6 * host[name] / rounds[name].calls,
+            sm_mhz=clocks.get(name),
+        )
+        for name, values in times.items()
+    }
+
+
+def open_sm_clock():
+    """A function that reads the SM clock in MHz, or None where NVML is not to be had."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+    except Exception as error:
+        print(f"no SM clock: {error}", flush=True)
+        return None
+    return lambda: pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)

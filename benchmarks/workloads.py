@@ -1,0 +1,175 @@
+"""The cases that are timed: their shapes, lengths, floors and inputs."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import random
+
+import numpy as np
+
+HEAD_DIM_K = 576
+HEAD_DIM_V = 512
+
+# Every floor is stated with these two, whatever the chip of the day reaches.
+FLOOR_FLOPS = 780e12
+FLOOR_BYTES = 4.55e12
+
+# What one timed round must touch so that the L2 (60 MB) does not serve it.
+MIN_BYTES_IN_ALL = 300e6
+# What one timed round must last so that dispatching it from the host hides behind it.
+MIN_ROUND_US = 400.0
+MIN_CALLS, MAX_CALLS = 8, 64
+
+HERE = pathlib.Path(__file__).resolve().parent
+PEERS_FILE = HERE / "peers_h200.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape of dense decode: `batch` sequences of `mean_len` tokens (or around it)."""
+
+    h_q: int
+    s_q: int
+    batch: int
+    mean_len: int
+    varlen: bool = False
+    dtype: str = "bf16"
+    page_block_size: int = 64
+    op: str = "dense_decode"
+
+    @property
+    def name(self):
+        tail = "v" if self.varlen else ""
+        tail += "" if self.dtype == "bf16" else f"-{self.dtype}"
+        tail += "" if self.page_block_size == 64 else f"-p{self.page_block_size}"
+        return f"h{self.h_q}-s{self.s_q}-{self.batch}x{self.mean_len}{tail}"
+
+    @property
+    def causal(self):
+        return self.s_q > 1
+
+    def lengths(self):
+        """The sequence lengths; ragged ones are the same draw for every run and peer."""
+        if not self.varlen:
+            return [self.mean_len] * self.batch
+        rng = random.Random(0)
+        spread = self.mean_len / 2
+        return [int(max(rng.normalvariate(self.mean_len, spread), 2)) for _ in range(self.batch)]
+
+    def floor_us(self):
+        """The time that the chip needs at least, in microseconds."""
+        tokens = sum(self.lengths())
+        rows = self.batch * self.s_q * self.h_q
+        flops = 2 * self.h_q * self.s_q * tokens * (HEAD_DIM_K + HEAD_DIM_V)
+        moved = 2 * (tokens * HEAD_DIM_K + rows * (HEAD_DIM_K + HEAD_DIM_V))
+        return 1e6 * max(flops / FLOOR_FLOPS, moved / FLOOR_BYTES)
+
+    def pages(self):
+        """How many pages one input set needs."""
+        return sum(math.ceil(n / self.page_block_size) for n in self.lengths())
+
+    @functools.cached_property
+    def table_width(self):
+        """Columns of the block table: one width for a uniform case and its ragged twin."""
+        longest = self.mean_len
+        if self.batch > 1:
+            longest = max(longest, *dataclasses.replace(self, varlen=True).lengths())
+        return math.ceil(longest / self.page_block_size)
+
+    @functools.cached_property
+    def calls(self):
+        """How many calls, each on an input set of its own, make one timed round."""
+        uniform = dataclasses.replace(self, varlen=False)
+        bytes_per_set = 2 * HEAD_DIM_K * self.batch * self.mean_len
+        calls = max(MIN_BYTES_IN_ALL / bytes_per_set, MIN_ROUND_US / max(uniform.floor_us(), 6.0))
+        return min(max(math.ceil(calls), MIN_CALLS), MAX_CALLS)
+
+    @property
+    def shape_key(self):
+        """Cases of one key share their compiled functions: a uniform one and its ragged twin."""
+        return dataclasses.replace(self, varlen=False)
+
+    def row(self):
+        """The columns of a result row that name the case."""
+        return {
+            "op": self.op,
+            "dtype": self.dtype,
+            "page_block_size": self.page_block_size,
+            "h_q": self.h_q,
+            "s_q": self.s_q,
+            "batch": self.batch,
+            "mean_len": self.mean_len,
+            "varlen": self.varlen,
+        }
+
+
+def case_of(row):
+    """The case that a row, ours or a stored one of a peer, is about."""
+    names = [f.name for f in dataclasses.fields(Case)]
+    return Case(**{name: row[name] for name in names if name in row})
+
+
+@functools.cache
+def stored_peers():
+    """Measured figures of the peers: {case: row of peers_h200.json}."""
+    with open(PEERS_FILE, encoding="utf-8") as f:
+        return {case_of(row): row for row in json.load(f)["dense"]}
+
+
+def all_cases():
+    return list(stored_peers())
+
+
+def is_anchor(case):
+    """Whether the peer must reproduce its stored figure here for the run to count."""
+    return case in stored_peers() and (
+        case.batch >= 64 and case.mean_len >= 4096 and not case.varlen
+    )
+
+
+QUICK = [
+    Case(16, 1, 1, 4096),
+    Case(16, 1, 1, 32768),
+    Case(16, 1, 128, 1024, varlen=True),
+    Case(16, 1, 128, 4096),
+    Case(16, 1, 128, 4096, varlen=True),
+    Case(32, 1, 64, 8192),
+    Case(64, 1, 128, 4096, varlen=True),
+    Case(128, 1, 1, 32768),
+    Case(128, 1, 32, 4096),
+    Case(128, 1, 128, 1024),
+    Case(128, 1, 128, 4096),
+    Case(128, 1, 128, 4096, varlen=True),
+    Case(128, 2, 128, 4096),
+]
+
+SMOKE = [
+    Case(4, 1, 2, 100),
+    Case(4, 2, 3, 70, varlen=True),
+]
+
+
+def page_tables(case, pool_pages, sets, seed=0):
+    """Block tables i32[sets, batch, width] over one pool, its pages handed out in random order.
+
+    Sets share no page as long as the pool has enough of them; columns past the end of a
+    sequence hold 0.
+    """
+    rng = np.random.default_rng(seed)
+    needed = case.pages()
+    if needed > pool_pages:
+        raise ValueError(f"{case.name} needs {needed} pages, the pool has {pool_pages}")
+    tables = np.zeros((sets, case.batch, case.table_width), np.int32)
+    free = rng.permutation(pool_pages)
+    for table in tables:
+        if len(free) < needed:
+            free = rng.permutation(pool_pages)
+        taken, free = free[:needed], free[needed:]
+        start = 0
+        for row, length in zip(table, case.lengths(), strict=True):
+            count = math.ceil(length / case.page_block_size)
+            row[:count] = taken[start : start + count]
+            start += count
+    return tables

@@ -1,0 +1,48 @@
+// The shapes of multi-head latent attention (MLA) and the tile schedule that every kernel shares.
+//
+// Shapes: b sequences; h_kv KV heads; rows = s_q * h_q / h_kv query rows per KV head, row r being
+// query r / g of head k * g + r % g with g = h_q / h_kv; d_k = 576 columns of K, of which the first
+// d_v = 512 are V.
+//
+// Schedule. The keys of a sequence are cut into tiles of 64 tokens; a request costs its tiles and
+// kRequestOverhead more. The costs of all requests lie end to end on one line, which is cut into
+// equal parts, one for each group of SMs. A part works from part_bounds[p] to part_bounds[p + 1];
+// the bound (i, 0) stands for all of the requests before i. A request that parts share is split:
+// split s is made by part first_part[i] + s, and num_splits[i] counts the splits before request i.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flashmla {
+
+constexpr int kHeadDimK = 576;
+constexpr int kHeadDimV = 512;
+constexpr int kTileTokens = 64;  // tokens of a key tile
+constexpr int kTileRows = 64;    // query rows of a row tile
+constexpr int kRequestOverhead = 5;
+constexpr int kMinPartTiles = 1;
+
+// Where a part begins: tile `tile` of request `request`.
+struct PartBound {
+  int32_t request, tile;
+};
+
+struct TileSchedule {
+  const PartBound* part_bounds;  // [num_parts + 1]
+  const int32_t* first_part;     // [batch]
+  const int32_t* num_splits;     // [batch + 1], running sum
+  int32_t num_parts;
+};
+
+// Where a split's partial result lies in the workspace. A part shares at most two requests with
+// other parts: the one that it ends with and the one that it begins with.
+__host__ __device__ constexpr int PartialSlot(int part, int split) {
+  return 2 * part + (split == 0 ? 1 : 0);
+}
+
+template <typename Int>
+__host__ __device__ constexpr Int CeilDiv(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace jax_flashmla

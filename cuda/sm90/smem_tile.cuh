@@ -1,0 +1,38 @@
+// A tile of 64 rows by 64 two-byte elements in shared memory, stored as the copy engine and the
+// tensor cores agree on: rows of 128 bytes in which the 16-byte unit u of row r stands at
+// u ^ (r % 8) (the 128-byte swizzle). Must be aligned to 1024 bytes.
+#pragma once
+
+#include "wgmma.cuh"
+
+namespace jax_flashmla::sm90 {
+
+template <typename T>
+struct alignas(1024) SmemTile {
+  static_assert(sizeof(T) == 2, "tiles hold two-byte elements");
+  static constexpr int kRows = 64, kColumns = 64;
+  static constexpr int kRowBytes = kColumns * sizeof(T);
+  static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr int kUnitsPerRow = kRowBytes / 16;
+
+  T data[kRows * kColumns];
+
+  // The shared-memory address of 16-byte unit `unit` of row `row`.
+  __device__ __forceinline__ uint32_t UnitAddress(int row, int unit) const {
+    return SharedAddress(data) + row * kRowBytes + ((unit ^ (row & 7)) << 4);
+  }
+  // As an operand whose K axis is the columns.
+  __device__ __forceinline__ uint64_t DescriptorAlongColumns() const {
+    return SwizzledDescriptor(SharedAddress(data), 8 * kRowBytes, 16);
+  }
+  // As an operand whose K axis is the rows, this tile and the ones behind it in an array side by
+  // side along N.
+  __device__ __forceinline__ uint64_t DescriptorAlongRows() const {
+    return SwizzledDescriptor(SharedAddress(data), 8 * kRowBytes, kBytes);
+  }
+  // Descriptor steps of 16 along K.
+  static constexpr uint64_t kStepAlongColumns = DescriptorStep(16 * sizeof(T));
+  static constexpr uint64_t kStepAlongRows = DescriptorStep(16 * kRowBytes);
+};
+
+}  // namespace jax_flashmla::sm90

@@ -1,0 +1,143 @@
+// Tile scheduler: cuts the key tiles of a batch into equal parts (mla.cuh says how).
+//
+// What: integers only. cost_i = tiles_i + kRequestOverhead; exclusive sums of the costs place the
+// requests on a line; a part is a stretch of `payload` of it. Every request then knows by division
+// where it begins and ends, and which parts begin inside it.
+//
+// Floor: one launch; 4 bytes read and 8 written a request.
+//
+// Schedule: one block. A pass over the batch for the total, then one that scans the costs, writes
+// what follows from them, and scans the split counts.
+#include "ffi.h"
+#include "mla.cuh"
+#include "sm90/cta.cuh"
+
+namespace jax_flashmla {
+namespace {
+
+using sm90::kFullWarp;
+using sm90::kWarpSize;
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr const char* kOp = "get_mla_metadata";
+
+struct SchedulerParams {
+  const int32_t* cache_seqlens;  // [batch]
+  PartBound* part_bounds;        // [num_parts + 1]
+  int32_t* first_part;           // [batch]
+  int32_t* num_splits;           // [batch + 1]
+  int32_t batch, num_parts;
+};
+
+// The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all.
+__device__ int BlockScan(int value, int* total) {
+  __shared__ int warp_sums[kWarps];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int before = __shfl_up_sync(kFullWarp, value, step);
+    if (lane >= step) value += before;
+  }
+  if (lane == kWarpSize - 1) warp_sums[warp] = value;
+  __syncthreads();
+  int warp_sum = warp_sums[lane];
+#pragma unroll
+  for (int step = 1; step < kWarps; step *= 2) {
+    const int before = __shfl_up_sync(kFullWarp, warp_sum, step);
+    if (lane >= step) warp_sum += before;
+  }
+  *total = __shfl_sync(kFullWarp, warp_sum, kWarps - 1);
+  const int before = __shfl_sync(kFullWarp, warp_sum, max(warp - 1, 0));
+  __syncthreads();  // before the next call writes warp_sums
+  return value + (warp == 0 ? 0 : before);
+}
+
+// Capped so that no sum of costs exceeds 2^30.
+__device__ __forceinline__ int Tiles(int length, int batch) {
+  length = max(length, 0);
+  const int tiles = length / kTileTokens + (length % kTileTokens != 0);
+  return min(tiles, (1 << 30) / batch - kRequestOverhead);
+}
+
+// Request `i` lies at begin .. begin + kRequestOverhead + tiles; returns its number of splits.
+__device__ __forceinline__ int PlaceRequest(const SchedulerParams& params, int i, int begin,
+                                            int tiles, int payload) {
+  const int end = begin + kRequestOverhead + tiles;
+  const int first = min(params.num_parts - 1, (begin + kRequestOverhead) / payload);
+  params.first_part[i] = first;
+  for (int p = CeilDiv(begin, payload); p < params.num_parts && p * payload < end; ++p) {
+    params.part_bounds[p] = {i, max(0, p * payload - begin - kRequestOverhead)};
+  }
+  return tiles == 0 ? 1 : (end - 1) / payload - first + 1;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    TileSchedulerKernel(const __grid_constant__ SchedulerParams params) {
+  sm90::AllowNextKernel();
+  sm90::WaitForPriorKernels();
+  const int batch = params.batch;
+  int cost = 0;
+  for (int i = threadIdx.x; i < batch; i += kThreads) {
+    cost += Tiles(params.cache_seqlens[i], batch) + kRequestOverhead;
+  }
+  int total;
+  BlockScan(cost, &total);
+  const int payload = max(CeilDiv(total, params.num_parts), kMinPartTiles);
+
+  int placed = 0, splits_before = 0;
+  for (int base = 0; base < batch; base += kThreads) {
+    const int i = base + threadIdx.x;
+    const int tiles = i < batch ? Tiles(params.cache_seqlens[i], batch) : 0;
+    cost = i < batch ? tiles + kRequestOverhead : 0;
+    int strip_cost, strip_splits;
+    const int begin = placed + BlockScan(cost, &strip_cost) - cost;
+    const int splits = i < batch ? PlaceRequest(params, i, begin, tiles, payload) : 0;
+    const int splits_until = splits_before + BlockScan(splits, &strip_splits);
+    if (i < batch) params.num_splits[i + 1] = splits_until;
+    placed += strip_cost;
+    splits_before += strip_splits;
+  }
+
+  if (threadIdx.x == 0) params.num_splits[0] = 0;
+  for (int p = CeilDiv(total, payload) + threadIdx.x; p <= params.num_parts; p += kThreads) {
+    params.part_bounds[p] = {batch, 0};
+  }
+}
+
+ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_seqlens,
+                             I32Result<2> part_bounds, I32Result<1> first_part,
+                             I32Result<1> num_splits) {
+  JAX_FLASHMLA_CHECK(CheckDevice(kOp, device));
+  const int64_t batch = cache_seqlens.dimensions()[0];
+  const int64_t num_parts = part_bounds->dimensions()[0] - 1;
+  JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, kOp, "there must be an SM part"));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "part_bounds", part_bounds->dimensions(), {num_parts + 1, 2}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", first_part->dimensions(), {batch}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", num_splits->dimensions(), {batch + 1}));
+  constexpr int64_t kMaxBatch = 1 << 24;
+  JAX_FLASHMLA_CHECK(CheckArgument(batch <= kMaxBatch, kOp, "the batch must be at most 2^24"));
+  const SchedulerParams params = {
+      .cache_seqlens = cache_seqlens.typed_data(),
+      .part_bounds = reinterpret_cast<PartBound*>(part_bounds->typed_data()),
+      .first_part = first_part->typed_data(),
+      .num_splits = num_splits->typed_data(),
+      .batch = static_cast<int32_t>(batch),
+      .num_parts = static_cast<int32_t>(num_parts),
+  };
+  return LaunchOverlapped(kOp, stream, {.grid = 1, .block = kThreads}, TileSchedulerKernel, params);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TileScheduler, TileSchedulerImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Stream>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<I32<1>>()
+                                  .Ret<I32<2>>()
+                                  .Ret<I32<1>>()
+                                  .Ret<I32<1>>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_flashmla
