@@ -20,9 +20,8 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--layers=2", "--batch=3", "--heads=2", "--steps=20", "--prompt=40", "--width=64"]
 
 
-@functools.cache
-def example():
-    """examples/decode_loop.py as a module."""
+def load_example():
+    """examples/decode_loop.py as a new module, whose jitted functions have traced nothing yet."""
     spec = importlib.util.spec_from_file_location("decode_loop", ROOT / "examples/decode_loop.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -30,13 +29,11 @@ def example():
     return module
 
 
-def run(*options):
-    jax.clear_caches()  # the jitted functions know nothing of what a test has patched
-    return example().main([*SMALL, *options])
+example = functools.cache(load_example)
 
 
 def test_decode_loop(implementation, capsys):
-    assert run(f"--implementation={implementation}") == 0
+    assert example().main([*SMALL, f"--implementation={implementation}"]) == 0
     output = capsys.readouterr().out
     assert re.search(rf"implementation +{implementation}:", output)
     assert re.search(r"decoded +\d+ tokens/s", output)
@@ -45,13 +42,14 @@ def test_decode_loop(implementation, capsys):
 
 
 def test_decode_loop_notices_a_missing_token(monkeypatch, capsys):
-    decode = example().flash_mla_with_kvcache
+    module = load_example()
+    decode = module.flash_mla_with_kvcache
 
     def one_short(q, k_cache, block_table, lengths, *args, **kwargs):
         return decode(q, k_cache, block_table, lengths - 1, *args, **kwargs)
 
-    monkeypatch.setattr(example(), "flash_mla_with_kvcache", one_short)
-    assert run("--implementation=xla") == 1
+    monkeypatch.setattr(module, "flash_mla_with_kvcache", one_short)
+    assert module.main([*SMALL, "--implementation=xla"]) == 1
     assert capsys.readouterr().out.endswith("FAILED\n")
 
 
