@@ -122,9 +122,8 @@ def matmul(equation, x, w):
 
 
 def rms_norm(x, gain, eps=1e-6):
-    return (
-        x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain.astype(jnp.float32)
-    )
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + eps) * gain.astype(jnp.float32)
 
 
 def rope(x, positions):
@@ -141,11 +140,8 @@ def rope(x, positions):
 
 
 def mlp(w, x):
-    return matmul(
-        "...f,fm->...m",
-        jax.nn.silu(matmul("...m,mf->...f", x, w["gate"])) * matmul("...m,mf->...f", x, w["up"]),
-        w["down"],
-    )
+    gate, up = (matmul("...m,mf->...f", x, w[name]) for name in ("gate", "up"))
+    return matmul("...f,fm->...m", jax.nn.silu(gate) * up, w["down"])
 
 
 def mla(w, x, cache, block_table, positions, lengths, schedule, config):
@@ -164,12 +160,10 @@ def mla(w, x, cache, block_table, positions, lengths, schedule, config):
     q_latent = matmul("bnhe,hec->bnhc", q_nope, w["key_up"])
     q = jnp.concatenate([q_latent, rope(q_rope, positions)], axis=-1).astype(cache.dtype)
 
-    # The cache entries of the new tokens: latent and rotary key.
+    # The cache entries of the new tokens, [b, n, 1, 576]: latent and rotary key.
     down = matmul("bnm,mk->bnk", x, w["kv_down"])
     latent, k_rope = rms_norm(down[..., :c], w["kv_norm"]), rope(down[..., None, c:], positions)
-    entries = jnp.concatenate([latent[:, :, None], k_rope], axis=-1).astype(
-        cache.dtype
-    )  # [b, n, 1, 576]
+    entries = jnp.concatenate([latent[:, :, None], k_rope], axis=-1).astype(cache.dtype)
 
     # Write, then read: a token attends to itself too. Padding (a position below 0) has slot -1,
     # which writes nothing.
