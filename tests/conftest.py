@@ -14,6 +14,8 @@ import pytest
 
 from jax_flashmla import _ffi
 
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of several devices
+
 REQUIRE_GPU = os.environ.get("JAX_FLASHMLA_REQUIRE_GPU") == "1"
 
 
@@ -33,7 +35,7 @@ def pytest_runtest_setup(item):
     pytest.skip(f"needs a Hopper GPU: {reason}")
 
 
-def pytest_generate_tests(metafunc):
-    """`implementation`: the reference everywhere, the kernel on a GPU."""
-    if "implementation" in metafunc.fixturenames:
-        metafunc.parametrize("implementation", ["xla", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["xla", pytest.param("cuda", marks=pytest.mark.gpu)])
+def implementation(request) -> str:
+    """The reference everywhere, the kernel on a GPU."""
+    return request.param

@@ -459,15 +459,15 @@ def test_metadata_of_another_call(made_for, message):
 
 def test_metadata_of_another_kind():
     metadata, num_splits = schedule_for()
-    with pytest.raises(TypeError, match="tile_scheduler_metadata must be .*got tuple"):
+    with pytest.raises(TypeError, match=r"tile_scheduler_metadata must be .*got tuple"):
         call_with(tile_scheduler_metadata=(metadata,), num_splits=num_splits)
-    with pytest.raises(ValueError, match="num_splits .*must be 3"):
+    with pytest.raises(ValueError, match=r"num_splits .*must be 3"):
         call_with(tile_scheduler_metadata=metadata, num_splits=num_splits[1:])
     call_with(tile_scheduler_metadata=metadata, num_splits=num_splits)
 
 
 def test_traced_softmax_scale():
-    with pytest.raises(TypeError, match="softmax_scale must be a static .*traced"):
+    with pytest.raises(TypeError, match=r"softmax_scale must be a static .*traced"):
         jax.jit(lambda scale: call_with(softmax_scale=scale))(0.1)
 
 

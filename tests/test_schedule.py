@@ -1,5 +1,7 @@
 """get_mla_metadata: its integers against a slow loop, and that they cover all work once."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +100,7 @@ def test_each_tile_has_one_owner(lengths, num_sms):
         edges = [tile for _, tile, _ in pieces[i]] + [pieces[i][-1][2]]
         assert edges[0] == 0
         assert edges[-1] == tiles[i]
-        assert tiles[i] == 0 or all(a < b for a, b in zip(edges, edges[1:], strict=False))
+        assert tiles[i] == 0 or all(x < y for x, y in itertools.pairwise(edges))
     for p in range(metadata.num_parts):  # the workspace has two slots for each part
         shared = [i for i in range(b) if len(pieces[i]) > 1 and p in [x[0] for x in pieces[i]]]
         assert len(shared) <= 2
@@ -112,8 +114,15 @@ def test_parts_share_the_work():
 
 @pytest.mark.parametrize(
     ("rows", "h_kv", "num_sms", "parts"),
-    [(1, 1, None, 132), (64, 1, None, 132), (65, 1, None, 66), (512, 1, 132, 16), (64, 8, 132, 16)]
-    + [(128, 100, 132, 1), (16, 1, 78, 78)],
+    [
+        (1, 1, None, 132),
+        (64, 1, None, 132),
+        (65, 1, None, 66),
+        (512, 1, 132, 16),
+        (64, 8, 132, 16),
+        (128, 100, 132, 1),
+        (16, 1, 78, 78),
+    ],
 )
 def test_number_of_parts(rows, h_kv, num_sms, parts, monkeypatch):
     monkeypatch.setattr(schedule._ffi, "local_cuda_devices", lambda: [])

@@ -1,0 +1,432 @@
+"""What stands in programs for a GPU, seen without one: StableHLO text and compiles for an H200."""
+
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_flashmla as fm
+from jax_flashmla import _ffi, _primitive
+
+D_K, D_V = 576, 512
+DECODE, SCHEDULE, APPEND = (
+    f"jax_flashmla_{name}" for name in ("dense_decode", "tile_scheduler", "append_kv")
+)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Lets programs be lowered with kernels that were not built."""
+    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(_ffi, "other_device", lambda: None)
+
+
+def struct(shape, dtype=jnp.bfloat16, **options):
+    return jax.ShapeDtypeStruct(shape, dtype, **options)
+
+
+def decode_structs(b=4, s_q=1, h_q=16, h_kv=1, *, d_k=D_K, page=64, dtype=jnp.bfloat16):
+    return (
+        struct((b, s_q, h_q, d_k), dtype),
+        struct((100, page, h_kv, d_k), dtype),
+        struct((b, 10), jnp.int32),
+        struct((b,), jnp.int32),
+    )
+
+
+def decode(*args, d_v=D_V, **options):
+    return fm.flash_mla_with_kvcache(*args, d_v, **options)
+
+
+def text_for_cuda(function, *structs):
+    fresh = jax.jit(lambda *args: function(*args))  # JAX remembers how it lowered a function
+    return fresh.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def custom_calls(text):
+    """The lines of our custom calls, by target."""
+    lines = re.findall(r"^.*stablehlo\.custom_call @(jax_flashmla_\w+)(.*)$", text, re.MULTILINE)
+    targets = {target for target, _ in lines}
+    return {target: [rest for t, rest in lines if t == target] for target in targets}
+
+
+# Level 2: the text.
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("implementation", ["auto", "cuda"])
+def test_decode_text(implementation):
+    def f(*args):
+        return decode(*args, causal=True, softmax_scale=0.25, implementation=implementation)
+
+    text = text_for_cuda(f, *decode_structs(b=4, s_q=2, h_q=128))
+    calls = custom_calls(text)
+    assert {target: len(lines) for target, lines in calls.items()} == {DECODE: 1, SCHEDULE: 1}
+    (line,) = calls[DECODE]
+    assert "causal = true" in line
+    assert "softmax_scale = 2.500000e-01 : f32" in line
+    operands, results = line.split(" : ")[-1].split(" -> ")
+    parts = 132 // 4
+    assert re.findall(r"tensor<(\S+)>", operands) == [
+        "4x1x256x576xbf16",
+        "100x64x1x576xbf16",
+        "4x10xi32",
+        "4xi32",
+        f"{parts + 1}x2xi32",
+        "4xi32",
+        "5xi32",
+    ]
+    assert re.findall(r"tensor<(\S+)>", results) == [
+        "4x1x256x512xbf16",
+        "4x128x2xf32",
+        f"{2 * parts}x1x256x512xf32",
+        f"{2 * parts}x1x256xf32",
+    ]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("s_q", "h_kv"), [(1, 1), (4, 1), (1, 8), (2, 2)])
+def test_layout_of_the_queries(s_q, h_kv):
+    """The kernel's layout is a reshape of the caller's but for several KV heads and queries."""
+    text = text_for_cuda(decode, *decode_structs(s_q=s_q, h_q=16, h_kv=h_kv))
+    assert ("stablehlo.transpose" in text) == (s_q > 1 and h_kv > 1)
+    assert f"tensor<4x{h_kv}x{s_q * 16 // h_kv}x576xbf16>" in text
+
+
+@pytest.mark.usefixtures("kernels")
+def test_one_schedule_for_all_layers():
+    def f(q, k_cache, table, lengths):
+        metadata = fm.get_mla_metadata(lengths, 16, 1)
+        return [decode(q * i, k_cache, table, lengths, tile_scheduler_metadata=metadata[0],
+                       num_splits=metadata[1]) for i in range(3)]  # fmt: skip
+
+    text = text_for_cuda(f, *decode_structs())
+    assert len(custom_calls(text)[SCHEDULE]) == 1
+
+
+@pytest.mark.usefixtures("kernels")
+def test_append_text():
+    structs = struct((100, 64, 1, D_K)), struct((7, 1, D_K)), struct((7,), jnp.int32)
+    calls = custom_calls(text_for_cuda(fm.append_kv_cache, *structs))
+    (line,) = calls[APPEND]
+    assert "output_operand_alias" in line
+    assert "operand_index = 0" in line
+
+
+@pytest.mark.usefixtures("kernels")
+def test_vmap_is_one_call():
+    def f(q, k_cache, table, lengths):
+        return jax.vmap(decode, (0, None, 0, 0))(q, k_cache, table, lengths)
+
+    q, k_cache, table, lengths = decode_structs()
+    q, table, lengths = (struct((3, *x.shape), x.dtype) for x in (q, table, lengths))
+    text = text_for_cuda(f, q, k_cache, table, lengths)
+    calls = custom_calls(text)
+    assert [len(calls[DECODE]), len(calls[SCHEDULE])] == [1, 1]
+    assert "tensor<12x1x16x576xbf16>" in calls[DECODE][0]
+    assert "tensor<100x64x1x576xbf16>" in calls[DECODE][0]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_several_platforms_in_one_program():
+    lowered = jax.jit(decode).trace(*decode_structs()).lower(lowering_platforms=("cpu", "cuda"))
+    text = lowered.as_text()
+    assert set(custom_calls(text)) == {DECODE, SCHEDULE}
+    assert "stablehlo.case" in text
+
+
+# Which implementation is taken.
+
+
+def test_xla_has_no_custom_calls(kernels):
+    text = text_for_cuda(lambda *a: decode(*a, implementation="xla"), *decode_structs())
+    assert not custom_calls(text)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("shapes", "d_v", "reason"),
+    [
+        ({"d_k": 288}, 256, "not for 288 and 256"),
+        ({}, 256, "not for 576 and 256"),
+        ({"page": 48}, D_V, r"page_block_size in .*, not for 48"),
+        ({"dtype": jnp.float32}, D_V, "not for q in float32"),
+    ],
+)
+def test_shapes_without_a_kernel(shapes, d_v, reason):
+    _primitive._warn_once.cache_clear()
+    structs = decode_structs(**shapes)
+    with pytest.warns(RuntimeWarning, match=reason):
+        text = text_for_cuda(lambda *a: decode(*a, d_v=d_v), *structs)
+    assert DECODE not in custom_calls(text)
+    text_for_cuda(lambda *a: decode(*a, d_v=d_v), *structs)  # does not warn again
+    with pytest.raises(NotImplementedError, match=reason):
+        text_for_cuda(lambda *a: decode(*a, d_v=d_v, implementation="cuda"), *structs)
+
+
+def test_machine_without_the_kernels(monkeypatch):
+    _primitive._warn_once.cache_clear()
+    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: "it is Tuesday")
+    monkeypatch.setattr(_ffi, "other_device", lambda: None)
+    with pytest.warns(RuntimeWarning, match="plain JAX.*: it is Tuesday") as caught:
+        text = text_for_cuda(decode, *decode_structs())
+    assert len(caught) == 1
+    assert not custom_calls(text)
+    with pytest.raises(NotImplementedError, match="it is Tuesday"):
+        text_for_cuda(lambda *a: decode(*a, implementation="cuda"), *decode_structs())
+
+
+def devices_of(capability):
+    return [SimpleNamespace(compute_capability=capability, device_kind="NVIDIA X100")]
+
+
+@pytest.fixture
+def fresh_queries():
+    """Forgets what was found out about this machine, before and after."""
+    queries = _ffi.other_device, _ffi.unavailable_reason
+    for query in queries:
+        query.cache_clear()
+    yield
+    for query in queries:
+        query.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_queries")
+def test_other_gpu(monkeypatch):
+    """No warning there: plain JAX is what such a GPU is meant to run."""
+    monkeypatch.setattr(_ffi, "_NOT_REGISTERED", None)
+    monkeypatch.setattr(_ffi, "local_cuda_devices", lambda: devices_of("8.0"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not custom_calls(text_for_cuda(fm.append_kv_cache, *append_structs()))
+    with pytest.raises(NotImplementedError, match=r"9\.0, this machine has NVIDIA X100 .*8\.0"):
+        text_for_cuda(lambda *a: fm.append_kv_cache(*a, implementation="cuda"), *append_structs())
+
+
+def append_structs():
+    return struct((100, 64, 1, D_K)), struct((7, 1, D_K)), struct((7,), jnp.int32)
+
+
+@pytest.mark.usefixtures("fresh_queries")
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [(13000, None), (13020, None), (14000, None), (None, None), (12080, "for CUDA 12.8")],
+)
+def test_old_driver(driver, reason, monkeypatch):
+    extension = SimpleNamespace(build_info=lambda: {"ffi_api": (0, 1), "cudart": 13000})
+    monkeypatch.setattr(_ffi, "_C", extension)
+    monkeypatch.setattr(_ffi, "_NOT_REGISTERED", None)
+    monkeypatch.setattr(_ffi, "local_cuda_devices", lambda: devices_of("9.0"))
+    monkeypatch.setattr(_ffi, "_driver_cuda_version", lambda: driver)
+    found = _ffi.unavailable_reason()
+    assert found is None if reason is None else reason in found
+
+
+def test_extension_for_a_newer_jaxlib(monkeypatch):
+    """It is not offered to XLA: a refused handler would take the backend down."""
+    runtime = _ffi._runtime_ffi_api()
+    assert runtime is not None
+    extension = SimpleNamespace(
+        build_info=lambda: {"ffi_api": (runtime[0], runtime[1] + 1), "cudart": 13000},
+        handlers=lambda: pytest.fail("registered"),
+    )
+    monkeypatch.setattr(_ffi, "_C", extension)
+    assert re.search(r"compiled for XLA FFI .*the installed jaxlib .* has", _ffi._register())
+
+
+# Several devices.
+
+
+def devices(*sizes, types=AxisType.Auto):
+    count = int(np.prod(sizes))
+    cpus = np.array(jax.devices("cpu")[:count]).reshape(sizes)
+    return jax.sharding.Mesh(cpus, tuple("xy")[: len(sizes)], axis_types=(types,) * len(sizes))
+
+
+def placed(structs, mesh, *specs):
+    return [
+        struct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(structs, specs, strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_jit_over_several_devices_raises():
+    mesh = devices(2)
+    structs = placed(decode_structs(), mesh, P("x"), P(), P("x"), P("x"))
+    with pytest.raises(NotImplementedError, match=r"jit over 2 devices, outside jax\.shard_map"):
+        text_for_cuda(decode, *structs)
+    text_for_cuda(lambda *a: decode(*a, implementation="xla"), *structs)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_partly_manual_shard_map_raises():
+    mesh = devices(2, 2)
+    specs = P("x"), P(), P("x"), P("x")
+    f = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=P("x"), axis_names={"x"})
+    structs = placed(decode_structs(), mesh, *specs)
+    with pytest.raises(NotImplementedError, match=r"leaves the mesh axes \{'y': 2\} to XLA"):
+        text_for_cuda(f, *structs)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_shard_map(types):
+    mesh = devices(2, 2, types=types)
+    specs = P("x", None, "y"), P(), P("x"), P("x")
+    f = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=(P("x", None, "y"), P("x", "y")))
+    with jax.set_mesh(mesh):
+        text = text_for_cuda(f, *placed(decode_structs(), mesh, *specs))
+    assert "tensor<2x1x8x576xbf16>" in custom_calls(text)[DECODE][0]
+    assert "all_gather" not in text
+
+
+@pytest.mark.parametrize("varying", range(4))
+def test_varying_result_is_not_taken_for_replicated(varying):
+    """Whichever operand differs by device, the results do."""
+    mesh = devices(2)
+    specs = [P("x") if i == varying else P() for i in range(4)]
+    structs = list(decode_structs())
+    if varying != 1:  # the other operands must have the batch of one device
+        structs = [
+            x if i in (1, varying) else struct((2, *x.shape[1:]), x.dtype)
+            for i, x in enumerate(structs)
+        ]
+
+    def f(out_specs):
+        return jax.shard_map(decode, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs)
+
+    jax.eval_shape(f(P("x")), *structs)
+    with pytest.raises(ValueError, match="replicat"):
+        jax.eval_shape(f(P()), *structs)
+
+
+def test_explicit_sharding_outside_shard_map_raises():
+    mesh = devices(2, types=AxisType.Explicit)
+    structs = placed(decode_structs(), mesh, P("x"), P(), P("x"), P("x"))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match=r"explicit mesh axes.*jax\.shard_map"),
+    ):
+        jax.eval_shape(decode, *structs)
+
+
+# Level 3: compiled for an H200.
+
+
+@pytest.fixture(scope="module")
+def h200():
+    """A sharding on one H200 that is not there."""
+    if importlib.util.find_spec("jax_plugins") is None or (
+        importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+    ):
+        pytest.skip("needs the jax-cuda13-plugin package")
+    config = Path(__file__).with_name("h200_target_config.pbtxt").read_text(encoding="utf-8")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), P())
+
+
+@pytest.fixture
+def compiled_kernels():
+    if _ffi._NOT_REGISTERED is not None:
+        pytest.skip(_ffi._NOT_REGISTERED)
+
+
+LAYERS, BATCH, PAGE = 3, 4, 64
+
+
+def decode_loop(implementation, loop):
+    """Appends a token a step and layer and attends to the cache, which holds all layers."""
+
+    def step(carry):
+        k_cache, q, lengths, table = carry
+        pages = k_cache.shape[0] // LAYERS
+        lengths = lengths + 1
+        slots = fm.get_slot_mapping(table, lengths[:, None] - 1, PAGE)[:, 0]
+        metadata = fm.get_mla_metadata(lengths, q.shape[2], 1, implementation=implementation)
+
+        def layer(carry, i):
+            k_cache, q = carry
+            first = i * pages
+            k_cache = fm.append_kv_cache(
+                k_cache, q[:, 0, :1], slots + first * PAGE, implementation=implementation
+            )
+            out, _ = decode(
+                q, k_cache, table + first, lengths, tile_scheduler_metadata=metadata[0],
+                num_splits=metadata[1], implementation=implementation,
+            )  # fmt: skip
+            return (k_cache, q.at[..., :D_V].add(out)), None
+
+        layers = jnp.arange(LAYERS, dtype=jnp.int32)
+        (k_cache, q), _ = jax.lax.scan(layer, (k_cache, q), layers)
+        return k_cache, q, lengths, table
+
+    def run(k_cache, q, lengths, table):
+        carry = (k_cache, q, lengths, table)
+        if loop == "fori_loop":
+            return jax.lax.fori_loop(0, 100, lambda _, c: step(c), carry)[:2]
+        if loop == "scan":
+            return jax.lax.scan(lambda c, _: (step(c), None), carry, length=100)[0][:2]
+        return jax.lax.while_loop(lambda c: jnp.any(c[2] < 500), step, carry)[:2]
+
+    return jax.jit(run, donate_argnums=0)
+
+
+def compile_loop(implementation, loop, pages, sharding):
+    structs = (
+        struct((LAYERS * pages, PAGE, 1, D_K), sharding=sharding),
+        struct((BATCH, 1, 16, D_K), sharding=sharding),
+        struct((BATCH,), jnp.int32, sharding=sharding),
+        struct((BATCH, 32), jnp.int32, sharding=sharding),
+    )
+    return decode_loop(implementation, loop).lower(*structs).compile()
+
+
+def copies_of(text, shape):
+    """Instructions in HLO text that copy an array of this shape."""
+    dims = ",".join(map(str, shape))
+    return re.findall(rf"= bf16\[{dims}\]\S* copy(?:-start)?\(.*", text)
+
+
+@pytest.mark.parametrize("loop", ["fori_loop", "scan", "while_loop"])
+@pytest.mark.parametrize("implementation", ["cuda", "xla"])
+def test_cache_stays_in_place(loop, implementation, h200, request):
+    if implementation == "cuda":
+        request.getfixturevalue("compiled_kernels")
+    sizes, temporary = (1000, 50000), []
+    for pages in sizes:
+        compiled = compile_loop(implementation, loop, pages, h200)
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        shape = (LAYERS * pages, PAGE, 1, D_K)
+        assert memory.alias_size_in_bytes >= np.prod(shape) * 2
+        assert not copies_of(text, shape)
+        temporary.append(memory.temp_size_in_bytes)
+        if implementation == "cuda":
+            assert {DECODE, SCHEDULE, APPEND} <= set(re.findall(r"jax_flashmla_\w+", text))
+    assert temporary[0] == temporary[1]
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_workspace_is_all_the_kernel_needs(h200):
+    """Scratch follows the number of parts, not the batch or the table."""
+    parts, rows = 132, 16
+    scratch = 2 * parts * rows * (D_V + 1) * 4
+    for b, width in ((4, 10), (512, 1000)):
+        structs = (
+            struct((b, 1, 16, D_K), sharding=h200),
+            struct((1000, 64, 1, D_K), sharding=h200),
+            struct((b, width), jnp.int32, sharding=h200),
+            struct((b,), jnp.int32, sharding=h200),
+        )
+        compiled = jax.jit(lambda *a: decode(*a, implementation="cuda")).lower(*structs).compile()
+        memory = compiled.memory_analysis()
+        assert scratch <= memory.temp_size_in_bytes <= scratch + 16 * b + 2**15
