@@ -1,0 +1,183 @@
+"""The example runs, checks itself, and compiles for an H200 with its cache in place; the README."""
+
+import functools
+import importlib.util
+import math
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_flashmla import _ffi
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--layers=2", "--batch=3", "--heads=2", "--steps=20", "--prompt=40", "--width=64"]
+
+
+def load_example():
+    """examples/decode_loop.py as a new module, whose jitted functions have traced nothing yet."""
+    spec = importlib.util.spec_from_file_location("decode_loop", ROOT / "examples/decode_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+example = functools.cache(load_example)
+
+
+def test_decode_loop(implementation, capsys):
+    assert example().main([*SMALL, f"--implementation={implementation}"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(rf"implementation +{implementation}:", output)
+    assert re.search(r"decoded +\d+ tokens/s", output)
+    assert re.search(r"cache in place +yes", output)
+    assert output.endswith("ok\n")
+
+
+def test_decode_loop_notices_a_missing_token(monkeypatch, capsys):
+    module = load_example()
+    decode = module.flash_mla_with_kvcache
+
+    def one_short(q, k_cache, block_table, lengths, *args, **kwargs):
+        return decode(q, k_cache, block_table, lengths - 1, *args, **kwargs)
+
+    monkeypatch.setattr(module, "flash_mla_with_kvcache", one_short)
+    assert module.main([*SMALL, "--implementation=xla"]) == 1
+    assert capsys.readouterr().out.endswith("FAILED\n")
+
+
+def test_error_of_nan_is_nan():
+    config = example().Config(layers=1, heads=1, num_pages=1, weight_dtype="float32")
+    weights = example().init_weights(config, jax.random.key(0))
+    fed, logits = np.zeros((2, 1), np.int32), np.ones((2, 1, config.vocab), np.float32)
+    logits[0, 0, 0] = np.nan
+    prompts = [np.zeros(3, np.int32)]
+    assert math.isnan(example().largest_error(weights, prompts, fed, logits, config))
+
+
+def test_pages_are_handed_out_as_sequences_grow():
+    page, free = 16, np.array([3, 0, 2, 1, 4, 6, 5], np.int32)
+    config = example().Config(layers=1, heads=1, num_pages=len(free), page_size=page)
+    state = example().init_state(config, None, np.array([-20, 0, -5]), max_pages=3)
+    state = example().dataclasses.replace(state, free_pages=jnp.asarray(free))
+    taken = []
+    for _ in range(8):  # by 5 tokens a step; the last page wanted is one too many
+        lengths = state.lengths + 5
+        table, used = jax.jit(functools.partial(example().allocate_pages, page_size=page))(
+            state, lengths
+        )
+        expected = np.array(state.block_table)
+        for row, (old, new) in enumerate(zip(state.lengths, lengths, strict=True)):
+            pages = [-(-max(int(n), 0) // page) for n in (old, new)]
+            for column in range(*pages):
+                expected[row, column] = free[len(taken)] if len(taken) < free.size else -1
+                taken.append(expected[row, column])
+        np.testing.assert_array_equal(table, expected)
+        state = example().DecodeState(None, table, lengths, state.free_pages, used)
+    assert sorted(taken) == [-1, *range(7)]
+
+
+@functools.cache
+def h200():
+    """One H200, as XLA compiles for it where there is none."""
+    target = (ROOT / "tests/h200_target_config.pbtxt").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+
+
+def compile_for_h200(function, num_pages):
+    """The example's `function` compiled for a pool of `num_pages` pages a layer, and the cache."""
+    batch = 8
+    config = example().Config(layers=3, heads=16, num_pages=num_pages, implementation="cuda")
+
+    def arguments():
+        cache = example().init_cache(config)
+        state = example().init_state(config, cache, jnp.zeros(batch, jnp.int32), max_pages=8)
+        tokens = jnp.zeros((4, batch, 32) if function == "prefill" else (batch,), jnp.int32)
+        return example().init_weights(config, jax.random.key(0)), state, tokens
+
+    weights, state, tokens = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h200()),
+        jax.eval_shape(arguments),
+    )
+    static = {"config": config} | ({"steps": 100} if function == "decode" else {})
+    jitted = getattr(example(), function)
+    return jitted.lower(weights, state, tokens, **static).compile(), state.cache
+
+
+def operations_on(elements, hlo):
+    """The names of the operations that make an array of so many elements."""
+    names = set()
+    for result, name in re.findall(
+        r"^ *(?:ROOT )?%\S+ = (.*?) ([a-z][a-z0-9-]*)\(", hlo, re.MULTILINE
+    ):
+        shapes = re.findall(r"\w+\[([\d,]+)\]", result)
+        if elements in [math.prod(map(int, shape.split(","))) for shape in shapes]:
+            names.add(name)
+    return names
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
+)
+@pytest.mark.skipif(_ffi.unavailable_reason() is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("function", ["decode", "prefill"])
+def test_cache_stays_in_place_on_an_h200(function):
+    temporary = []
+    for num_pages in (64, 6400):
+        compiled, cache = compile_for_h200(function, num_pages)
+        memory, hlo = compiled.memory_analysis(), compiled.as_text()
+        assert memory.alias_size_in_bytes >= cache.size * cache.dtype.itemsize
+        temporary.append(memory.temp_size_in_bytes)
+        # One call each: the schedule's stands outside the loop over the layers.
+        assert sorted(re.findall(r'custom_call_target="(jax_flashmla_\w+)"', hlo)) == [
+            "jax_flashmla_append_kv",
+            "jax_flashmla_dense_decode",
+            "jax_flashmla_tile_scheduler",
+        ]
+        passed_on = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
+        assert operations_on(cache.size, hlo) <= {*passed_on, "custom-call"}
+    assert temporary[0] == temporary[1]
+
+
+def test_use_in_the_readme():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    names = {}
+    exec(code, names)
+    rng = np.random.default_rng(0)
+    lengths = np.array([1, 64, 100], np.int32)
+    table = np.array([[4, -1], [2, -1], [0, 3]], np.int32)
+    cache = jnp.asarray(rng.standard_normal((5, 64, 1, 576)), jnp.bfloat16)
+    q = jnp.asarray(rng.standard_normal((3, 1, 16, 576)), jnp.bfloat16)
+    new = jnp.asarray(rng.standard_normal((3, 576)), jnp.bfloat16)
+
+    expected_cache = np.array(cache, np.float32)
+    for i, length in enumerate(lengths):
+        expected_cache[table[i, (length - 1) // 64], (length - 1) % 64, 0] = new[i]
+    out, lse, cache = names["attend"](q, new, cache, table, lengths)
+
+    np.testing.assert_array_equal(np.asarray(cache, np.float32), expected_cache)
+    for i, length in enumerate(lengths):
+        kv = expected_cache[table[i]].reshape(-1, 576)[:length].astype(np.float64)
+        scores = np.asarray(q[i, 0], np.float64) @ kv.T * 576**-0.5
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        total = weights.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(out[i, 0], weights / total @ kv[:, :512], atol=2e-2)
+        np.testing.assert_allclose(
+            lse[i, :, 0], (np.log(total) + scores.max(axis=-1, keepdims=True))[:, 0], rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_in_the_docs(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
