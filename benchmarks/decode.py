@@ -31,7 +31,10 @@ def parse_arguments(argv):
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--implementation", default=None, choices=["cuda", "xla"])
     parser.add_argument("--repeats", type=int, help="repeats of a timing (7; quick: 3)")
-    parser.add_argument("--seconds", type=float, help="length of a repeat (0.03; quick: 0.01)")
+    parser.add_argument("--seconds", type=float, help="length of a repeat (0.005)")
+    parser.add_argument(
+        "--rest", type=float, default=0.05, help="pause before a repeat, in seconds"
+    )
     parser.add_argument("--budget", type=float, default=540, help="stop after so many seconds")
     parser.add_argument("--commit", help="commit to record, where there is no .git")
     options = parser.parse_args(argv)
@@ -42,7 +45,7 @@ def parse_arguments(argv):
     brief = options.quick or options.smoke
     options.implementation = options.implementation or "cuda"
     options.repeats = options.repeats or (3 if brief else 7)
-    options.seconds = options.seconds or (0.01 if brief else 0.03)
+    options.seconds = options.seconds or 0.005
     if options.out is None and not (brief or options.profile or options.cases):
         options.out = RESULTS
     return options

@@ -156,7 +156,9 @@ class Bench:
     def baseline_us(self, case, inputs):
         metadata = self.compiler[case.shape_key, "xla-metadata"](inputs.lengths)
         baseline = OpRound(self.compiler[case.shape_key, "xla"], inputs, metadata, BASELINE_CALLS)
-        timing = time_rounds({"xla": baseline.round}, repeats=3, seconds=self.options.seconds)
+        timing = time_rounds(
+            {"xla": baseline.round}, repeats=3, seconds=self.options.seconds, rest=self.options.rest
+        )
         return timing["xla"].us
 
     def check(self, case, inputs, results):
@@ -184,7 +186,11 @@ class Bench:
                 print(f"{case.name}: no peer: {type(error).__name__}: {error}", flush=True)
                 results.append(given)  # the compiled check takes three results
         times = time_rounds(
-            rounds, repeats=options.repeats, seconds=options.seconds, sm_clock=self.sm_clock
+            rounds,
+            repeats=options.repeats,
+            seconds=options.seconds,
+            rest=options.rest,
+            sm_clock=self.sm_clock,
         )
         found = self.check(case, inputs, results)
         return self.row(case, times, found, inputs)

@@ -90,7 +90,10 @@ class FlashMLA:
         torch.cuda.synchronize()
 
         outs = [jax.dlpack.from_dlpack(result[0].contiguous()) for result in results]
-        lses = [jax.dlpack.from_dlpack(result[1].clone(memory_format=torch.contiguous_format)) for result in results]
+        lses = [
+            jax.dlpack.from_dlpack(result[1].clone(memory_format=torch.contiguous_format))
+            for result in results
+        ]
         keep = (pool, lengths, inputs, metadata, splits, results)
         round_ = Round(len(inputs), graph.replay, torch.cuda.synchronize, keep)
         return round_, Outputs(outs, lses)

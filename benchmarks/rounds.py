@@ -15,9 +15,10 @@ import os
 import jax
 import jax.numpy as jnp
 import oracle
-from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
 from timing import Round
 from workloads import HEAD_DIM_K, HEAD_DIM_V, page_tables
+
+from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 POOL_CHUNK_TOKENS = 65536

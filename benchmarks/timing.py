@@ -45,29 +45,36 @@ def _host_seconds(round_):
     return enqueued
 
 
-def time_rounds(rounds, *, repeats, seconds, sm_clock=None):
+def time_rounds(rounds, *, repeats, seconds, rest=0.0, sm_clock=None):
     """Times of several rivals: {name: Round} -> {name: Timing}.
 
-    A repeat of one rival lasts about `seconds`; the repeats of all rivals are interleaved.
+    A repeat of one rival is a burst of rounds that lasts about `seconds` and one of three times as
+    many; the difference counts, so that what starting and awaiting a burst costs does not. The
+    repeats of all rivals are interleaved. Before each burst the device rests for `rest` seconds,
+    else the heat of one rival is the next one's limit: the power that a card draws is capped over
+    a longer time than a burst lasts.
     """
     counts, host, times, clocks = {}, {}, {}, {}
     for name, round_ in rounds.items():
         _seconds(round_, 3)
         each = min(_seconds(round_, 2) for _ in range(2)) / 2
-        counts[name] = max(2, round(seconds / each))
+        counts[name] = max(1, round(seconds / each))
         host[name] = statistics.median(_host_seconds(round_) for _ in range(3))
         times[name] = []
     for repeat in range(repeats):
         for name, round_ in rounds.items():
-            # The clock is read while the device still works through what is enqueued.
+            time.sleep(rest)
+            short = _seconds(round_, counts[name])
+            time.sleep(rest)
             start = time.perf_counter()
-            for _ in range(counts[name]):
+            for _ in range(3 * counts[name]):
                 round_.enqueue()
+            # The clock is read while the device still works through what is enqueued.
             if sm_clock is not None and repeat == repeats - 1:
                 clocks[name] = sm_clock()
             round_.wait()
-            elapsed = time.perf_counter() - start
-            times[name].append(1e6 * elapsed / (counts[name] * round_.calls))
+            elapsed = time.perf_counter() - start - short
+            times[name].append(1e6 * elapsed / (2 * counts[name] * round_.calls))
     return {
         name: Timing(
             us=statistics.median(values),

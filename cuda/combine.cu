@@ -1,7 +1,7 @@
 // Combine: the result of a request that several parts share.
 //
 // What: out = sum_s w_s o_s with w_s = 2^(lse_s - lse), lse = log2 sum_s 2^lse_s, over the splits
-// of a request; a split that saw no key has lse -inf, and its o is not read.
+// of a request; a split that saw no key has lse -inf and o 0.
 //
 // Floor: split requests number fewer than the parts, so at most 2 * parts * rows * 2 KB are read,
 // mostly from L2.
@@ -67,7 +67,7 @@ __device__ __forceinline__ float TotalLse(const CombineParams& params, const Spl
   for (int split = lane; split < request.splits; split += kWarpSize) {
     const float lse = params.lse_partial[request.PartialRow(params, split, kv_head, row)];
     const float reference = fmaxf(largest, lse);
-    if (reference == -INFINITY) continue;
+    if (lse == -INFINITY) continue;  // and not where it is NaN
     sum = sum * Exp2(largest - reference) + Exp2(lse - reference);
     largest = reference;
   }

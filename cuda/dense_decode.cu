@@ -10,11 +10,12 @@
 // key tiles of one request) that the tile schedule gives to their part. Four warpgroups:
 //
 //   load    one warp plans: reads schedule, lengths and block table. One thread loads: fills a
-//           ring of shared memory with half tiles of V columns (5 slots of 64 x 256), rope columns
-//           (3 slots of 64 x 64) and, at the head of a piece, its queries. Both run ahead of
-//           everything else, across requests.
+//           ring of shared memory with quarter tiles of V columns (11 slots of 64 x 128), rope
+//           columns (64 x 64) and, at the head of a piece, its queries. Both run ahead
+//           of everything else, across requests.
 //   score   holds 2/3 of Q in registers, S = Q K^T, softmax, writes P.
-//   value   two warpgroups, each holding O for 256 of the 512 columns: rescale, O += P V, output.
+//   value   two warpgroups, each holding O for two quarters of the 512 columns: rescale,
+//           O += P V, output.
 //
 //   tensor cores:  | S(n+1)      | O(n)        | S(n+2)      | O(n+1)      |
 //   score          | S(n+1)      | softmax n+1 | S(n+2)      | softmax n+2 |
@@ -61,12 +62,15 @@ constexpr int kMinPage = 16, kMaxPage = 256;  // page_block_size
 
 constexpr int kChunkColumns = 64;
 constexpr int kChunks = kHeadDimK / kChunkColumns;  // of a tile; the last one is rope
-constexpr int kHalfChunks = kHeadDimV / kChunkColumns / 2;
+constexpr int kQuarterChunks = kHeadDimV / kChunkColumns / 4;
+constexpr int kQuarterColumns = kHeadDimV / 4;
 constexpr int kRegisterChunks = 6;  // chunks of Q that score keeps in registers
 constexpr int kTailChunks = kChunks - kRegisterChunks;
+// The slots of V columns that they pass through.
+constexpr int kQuerySlots = CeilDiv(kRegisterChunks, kQuarterChunks);
 
-constexpr int kValueSlots = 5;  // half tiles of V columns in shared memory
-constexpr int kRopeSlots = 3;
+constexpr int kValueSlots = 11;  // quarters of a tile's V columns
+constexpr int kRopeSlots = 1;    // it is needed last and free first
 constexpr int kMessageSlots = 2;
 constexpr int kPieceSlots = 4;
 constexpr int kPageBatches = 4;  // of one page id a lane
@@ -77,7 +81,7 @@ constexpr int kLoadWarp = 0, kPlanWarp = 1;  // of the load warpgroup
 constexpr int kThreads = 4 * kWarpgroupSize;
 constexpr int kWarpsPerWarpgroup = 4;
 // Registers a thread: 2 * kValue + kScore + kLoad = 65536 / 128.
-constexpr int kValueRegisters = 160, kScoreRegisters = 168, kLoadRegisters = 24;
+constexpr int kValueRegisters = 160, kScoreRegisters = 160, kLoadRegisters = 32;
 static_assert(2 * kValueRegisters + kScoreRegisters + kLoadRegisters == 65536 / kWarpgroupSize);
 
 // A run of key tiles of one request.
@@ -102,7 +106,7 @@ struct Piece {
 
 template <typename T>
 struct SharedMemoryPlan {
-  SmemTile<T> v[kValueSlots][kHalfChunks];
+  SmemTile<T> v[kValueSlots][kQuarterChunks];
   SmemTile<T> rope[kRopeSlots];
   SmemTile<T> q_tail[kTailChunks];
   SmemTile<T> p[kMessageSlots];
@@ -280,26 +284,30 @@ class Loader {
     const int num_pieces = work.NumPieces();
     for (int i = 0; i < num_pieces; ++i) {
       Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
-      const Piece& piece = smem_.pieces[piece_.Slot()];
+      LoadPiece(work, smem_.pieces[piece_.Slot()]);
+      Arrive(&smem_.piece_empty[piece_.Slot()]);
       piece_.Advance();
-      if (piece.num_tiles == 0) continue;
-      LoadRegisterQueries(work.row_tile * kTileRows, piece.request);
-      OpenBatch(piece.FirstPage(params_.page_shift));
-      LoadTile(piece.first_tile);
-      // Behind the first tile: the last piece may still be using it, which holds up no key.
-      LoadTailQueries(work.row_tile * kTileRows, piece.request);
-      const int end = piece.first_tile + piece.num_tiles;
-      for (int t = piece.first_tile + 1; t < end; ++t) LoadTile(t);
-      CloseBatch();
     }
   }
 
  private:
-  // The query chunks that score moves to registers pass through two half-tile slots.
+  __device__ __forceinline__ void LoadPiece(const BlockWork& work, const Piece& piece) {
+    if (piece.num_tiles == 0) return;
+    LoadRegisterQueries(work.row_tile * kTileRows, piece.request);
+    OpenBatch(piece.FirstPage(params_.page_shift));
+    const int end = piece.first_tile + piece.num_tiles;
+    LoadTile(piece.first_tile);
+    // Behind the first tile: the last piece may still be using it, which holds up no key.
+    LoadTailQueries(work.row_tile * kTileRows, piece.request);
+    for (int t = piece.first_tile + 1; t < end; ++t) LoadTile(t);
+    CloseBatch();
+  }
+
+  // The query chunks that score moves to registers pass through the slots of one tile.
   __device__ __forceinline__ void LoadRegisterQueries(int row, int request) {
 #pragma unroll 1
-    for (int first = 0; first < kRegisterChunks; first += kHalfChunks) {
-      const int chunks = min(kHalfChunks, kRegisterChunks - first);
+    for (int first = 0; first < kRegisterChunks; first += kQuarterChunks) {
+      const int chunks = min(kQuarterChunks, kRegisterChunks - first);
       Barrier* full = &smem_.v_full[v_.Slot()];
       Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
       ArriveExpectBytes(full, chunks * SmemTile<T>::kBytes);
@@ -331,21 +339,21 @@ class Loader {
     }
     const int* ids = &smem_.pages[pages_.Slot()][page - (batch_end_ - kWarpSize)];
     const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Barrier* full = &smem_.v_full[v_.Slot()];
+      Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
+      ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
+#pragma unroll 1
+      for (int c = 0; c < kQuarterChunks; ++c) {
+        LoadChunk(&smem_.v[v_.Slot()][c], full, quarter * kQuarterChunks + c, ids, row);
+      }
+      v_.Advance();
+    }
     Wait(&smem_.rope_empty[rope_.Slot()], rope_.Parity() ^ 1);
     ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], SmemTile<T>::kBytes);
     LoadChunk(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1, ids, row);
     rope_.Advance();
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      Barrier* full = &smem_.v_full[v_.Slot()];
-      Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
-      ArriveExpectBytes(full, kHalfChunks * SmemTile<T>::kBytes);
-#pragma unroll 1
-      for (int c = 0; c < kHalfChunks; ++c) {
-        LoadChunk(&smem_.v[v_.Slot()][c], full, half * kHalfChunks + c, ids, row);
-      }
-      v_.Advance();
-    }
   }
 
   // A batch of page ids, the first of which is that of page `page` of the sequence.
@@ -404,7 +412,6 @@ class Scorer {
     for (int i = 0; i < num_pieces; ++i) {
       Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
       const Piece& piece = smem_.pieces[piece_.Slot()];
-      piece_.Advance();
       const int num_tiles = piece.num_tiles, first_tile = piece.first_tile;
       const int length = piece.length;
       const int visible[2] = {VisibleKeys(first_row + FragmentRow(), length),
@@ -420,7 +427,7 @@ class Scorer {
         float scores[32];
         MultiplyQueriesAndKeys(scores);
         if (t == first_tile + num_tiles - 1) Release<1>(&smem_.q_empty);
-        if ((t + 1) * kTileTokens > all_visible) {
+        if (t * kTileTokens > all_visible - kTileTokens) {
           MaskFrom(scores, visible[0] - t * kTileTokens, visible[1] - t * kTileTokens);
         }
         float factor[2];
@@ -436,6 +443,8 @@ class Scorer {
       }
       Announce();
       Finish(work, piece, softmax);
+      Release<1>(&smem_.piece_empty[piece_.Slot()]);
+      piece_.Advance();
     }
   }
 
@@ -448,10 +457,10 @@ class Scorer {
 
   __device__ __forceinline__ void LoadQueries() {
 #pragma unroll
-    for (int first = 0; first < kRegisterChunks; first += kHalfChunks) {
+    for (int first = 0; first < kRegisterChunks; first += kQuarterChunks) {
       Wait(&smem_.v_full[v_.Slot()], v_.Parity());
 #pragma unroll
-      for (int c = 0; c < min(kHalfChunks, kRegisterChunks - first); ++c) {
+      for (int c = 0; c < min(kQuarterChunks, kRegisterChunks - first); ++c) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) LoadFragmentA(q_[first + c][k], smem_.v[v_.Slot()][c], k);
       }
@@ -466,22 +475,24 @@ class Scorer {
     announce_ = false;
   }
 
-  // Waits for keys; if that takes time, value goes first.
+  // Waits for keys; if they are late, value goes first.
   __device__ __forceinline__ void WaitForKeys(Barrier* full, uint32_t parity) {
-    if (TestWait(full, parity)) return;
-    Announce();
-    Wait(full, parity);
+    if (!TestWait(full, parity)) {
+      Announce();
+      Wait(full, parity);
+    }
+    __syncwarp();
   }
 
   // S = Q K^T of the next tile in the ring.
   __device__ __forceinline__ void MultiplyQueriesAndKeys(float (&scores)[32]) {
-    WaitForKeys(&smem_.rope_full[rope_.Slot()], rope_.Parity());
-    WaitForKeys(&smem_.v_full[v_.Slot()], v_.Parity());
     WgmmaFence();
+    MultiplyQuarter<0>(scores);
+    MultiplyQuarter<1>(scores);
+    MultiplyQuarter<2>(scores);
+    MultiplyQuarter<3>(scores);
+    WaitForKeys(&smem_.rope_full[rope_.Slot()], rope_.Parity());
     MultiplyChunk<kChunks - 1>(scores, smem_.rope[rope_.Slot()]);
-    MultiplyHalf<0>(scores);
-    WaitForKeys(&smem_.v_full[v_.Slot()], v_.Parity());
-    MultiplyHalf<1>(scores);
     WgmmaCommit();
     Announce();
     WgmmaWait<0>();
@@ -490,17 +501,15 @@ class Scorer {
     rope_.Advance();
   }
 
-  template <int kHalf>
-  __device__ __forceinline__ void MultiplyHalf(float (&scores)[32]) {
-    const SmemTile<T>(&keys)[kHalfChunks] = smem_.v[v_.Slot()];
-    MultiplyChunk<kHalf * kHalfChunks>(scores, keys[0]);
-    MultiplyChunk<kHalf * kHalfChunks + 1>(scores, keys[1]);
-    MultiplyChunk<kHalf * kHalfChunks + 2>(scores, keys[2]);
-    MultiplyChunk<kHalf * kHalfChunks + 3>(scores, keys[3]);
+  template <int kQuarter>
+  __device__ __forceinline__ void MultiplyQuarter(float (&scores)[32]) {
+    WaitForKeys(&smem_.v_full[v_.Slot()], v_.Parity());
+    MultiplyChunk<kQuarter * kQuarterChunks>(scores, smem_.v[v_.Slot()][0]);
+    MultiplyChunk<kQuarter * kQuarterChunks + 1>(scores, smem_.v[v_.Slot()][1]);
     v_.Advance();
   }
 
-  // The rope chunk comes first, and overwrites the scores.
+  // The first chunk overwrites the scores.
   template <int kChunk>
   __device__ __forceinline__ void MultiplyChunk(float (&scores)[32], const SmemTile<T>& keys) {
     constexpr uint64_t kStep = SmemTile<T>::kStepAlongColumns;
@@ -508,10 +517,10 @@ class Scorer {
 #pragma unroll
     for (int k = 0; k < kChunkColumns / 16; ++k) {
       if constexpr (kChunk < kRegisterChunks) {
-        WgmmaM64N64RegA<T>(scores, q_[kChunk][k], b + k * kStep, 1);
+        WgmmaM64N64RegA<T>(scores, q_[kChunk][k], b + k * kStep, kChunk > 0 || k > 0);
       } else {
         const uint64_t a = smem_.q_tail[kChunk - kRegisterChunks].DescriptorAlongColumns();
-        WgmmaM64N64<T>(scores, a + k * kStep, b + k * kStep, kChunk < kChunks - 1 || k > 0);
+        WgmmaM64N64<T>(scores, a + k * kStep, b + k * kStep, 1);
       }
     }
   }
@@ -537,11 +546,10 @@ class Scorer {
     announce_ = true;
     message_.Advance();
     Announce();
-    if (threadIdx.x % 4 != 0) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row_tile * kTileRows + FragmentRow() + 8 * i;
-      if (row >= params_.rows) break;
+      if (threadIdx.x % 4 != 0 || row >= params_.rows) continue;
       if (piece.slot >= 0) {
         const int64_t base = static_cast<int64_t>(piece.slot) * params_.num_kv_heads + work.kv_head;
         params_.lse_partial[base * params_.rows + row] = lse2[i];
@@ -572,9 +580,9 @@ template <typename T, int kClusterSize>
 class ValueAccumulator {
  public:
   __device__ __forceinline__ ValueAccumulator(SharedMemoryPlan<T>& smem, const DecodeParams& params,
-                                              int half)
-      : smem_(smem), params_(params), half_(half) {
-    v_.Advance(half);
+                                              int index)
+      : smem_(smem), params_(params), index_(index) {
+    v_.Advance(index);
   }
 
   __device__ __forceinline__ void Run() {
@@ -583,17 +591,23 @@ class ValueAccumulator {
     for (int i = 0; i < num_pieces; ++i) {
       Wait(&smem_.message_full[message_.Slot()], message_.Parity());
       const int num_tiles = ThisPiece().num_tiles;
-      if (num_tiles > 0) v_.Advance(2);  // the queries' slots
+      if (num_tiles > 0) v_.Advance(kQuerySlots);
       Clear();
       for (int t = 0; t < num_tiles; ++t) {
-        Wait(&smem_.v_full[v_.Slot()], v_.Parity());
+        RingCursor<kValueSlots> quarters[kBlocks] = {v_, v_};
+        quarters[1].Advance(2);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          Wait(&smem_.v_full[quarters[n].Slot()], quarters[n].Parity());
+        }
         if (t > 0) Wait(&smem_.message_full[message_.Slot()], message_.Parity());
         Rescale();
-        if (t == num_tiles - 1) ClearRowsFrom(ThisPiece().length, ThisPiece().first_tile + t);
-        MultiplyAndAdd();
-        ReleaseMessage();
-        Release<kClusterSize>(&smem_.v_empty[v_.Slot()]);
-        v_.Advance(2);
+        if (t == num_tiles - 1) {
+          const int valid = ThisPiece().length - (ThisPiece().first_tile + t) * kTileTokens;
+          if (valid < kTileTokens) ClearRowsFrom(valid, quarters);
+        }
+        MultiplyAndAdd(quarters);
+        v_.Advance(4);
       }
       if (num_tiles > 0) Wait(&smem_.message_full[message_.Slot()], message_.Parity());
       const float factor[2] = {smem_.row_factor[message_.Slot()][FragmentRow()],
@@ -606,10 +620,8 @@ class ValueAccumulator {
   }
 
  private:
-  static constexpr int kColumns = kHeadDimV / kValueWarpgroups;
-  static constexpr int kBlockColumns = 128;  // of one multiply
-  static constexpr int kBlocks = kColumns / kBlockColumns;
-  static constexpr int kAccumulators = kTileRows * kBlockColumns / kWarpgroupSize;
+  static constexpr int kBlocks = 4 / kValueWarpgroups;  // quarters of a warpgroup
+  static constexpr int kAccumulators = kTileRows * kQuarterColumns / kWarpgroupSize;
 
   __device__ __forceinline__ const Piece& ThisPiece() const { return smem_.pieces[piece_.Slot()]; }
 
@@ -643,41 +655,47 @@ class ValueAccumulator {
   }
 
   // Slots of the last page past the sequence's end may hold NaN, and 0 * NaN is NaN.
-  __device__ __forceinline__ void ClearRowsFrom(int length, int tile) {
-    const int row = length - tile * kTileTokens;
-    if (row >= kTileTokens) return;
+  __device__ __forceinline__ void ClearRowsFrom(
+      int row, const RingCursor<kValueSlots> (&quarters)[kBlocks]) {
     const int units = (kTileTokens - row) * SmemTile<T>::kUnitsPerRow;
-    for (int c = 0; c < kHalfChunks; ++c) {
-      uint4* rows =
-          reinterpret_cast<uint4*>(smem_.v[v_.Slot()][c].data) + row * SmemTile<T>::kUnitsPerRow;
+#pragma unroll 1
+    for (int c = 0; c < kBlocks * kQuarterChunks; ++c) {
+      const int slot = c < kQuarterChunks ? quarters[0].Slot() : quarters[1].Slot();
+      uint4* rows = reinterpret_cast<uint4*>(smem_.v[slot][c % kQuarterChunks].data) +
+                    row * SmemTile<T>::kUnitsPerRow;
 #pragma unroll 1
       for (int i = Opaque(threadIdx.x % kWarpgroupSize); i < units; i += kWarpgroupSize) {
         rows[i] = make_uint4(0, 0, 0, 0);
       }
     }
     FenceAsyncProxy();
-    NamedBarrierSync(1 + half_, kWarpgroupSize);
+    NamedBarrierSync(1 + index_, kWarpgroupSize);
   }
 
-  __device__ __forceinline__ void MultiplyAndAdd() {
+  // O += P V. The first quarter is handed back while the second one is multiplied.
+  __device__ __forceinline__ void MultiplyAndAdd(
+      const RingCursor<kValueSlots> (&quarters)[kBlocks]) {
     const uint64_t a = smem_.p[message_.Slot()].DescriptorAlongColumns();
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) KeepInRegisters(o_[n]);
     WgmmaFence();
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
-      const uint64_t b =
-          smem_.v[v_.Slot()][n * kBlockColumns / kChunkColumns].DescriptorAlongRows();
+      const uint64_t b = smem_.v[quarters[n].Slot()][0].DescriptorAlongRows();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
         WgmmaM64N128TransposedB<T>(o_[n], a + k * SmemTile<T>::kStepAlongColumns,
                                    b + k * SmemTile<T>::kStepAlongRows, 1);
       }
+      WgmmaCommit();
     }
-    WgmmaCommit();
+    WgmmaWait<1>();
+    Release<kClusterSize>(&smem_.v_empty[quarters[0].Slot()]);
     WgmmaWait<0>();
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) KeepInRegisters(o_[n]);
+    Release<kClusterSize>(&smem_.v_empty[quarters[1].Slot()]);
+    ReleaseMessage();
   }
 
   __device__ __forceinline__ void Write(const BlockWork& work, const float (&factor)[2]) {
@@ -689,7 +707,7 @@ class ValueAccumulator {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = Opaque(work.row_tile * kTileRows + FragmentRow() + 8 * i);
-      const int64_t offset = (head * params_.rows + row) * kHeadDimV + half_ * kColumns;
+      const int64_t offset = (head * params_.rows + row) * kHeadDimV + index_ * kQuarterColumns;
       if (split) {
         WritePartialRow(params_.o_partial + offset, i, factor[i], row < params_.rows);
       } else {
@@ -702,39 +720,45 @@ class ValueAccumulator {
   // that each lane stores 16 bytes and a quad 64 in a row.
   __device__ __forceinline__ void WriteRow(T* row, int i, float factor, bool store) {
 #pragma unroll
-    for (int j = 0; j < kColumns / 32; ++j) {
-      uint32_t words[4];
+    for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-      for (int g = 0; g < 4; ++g) {
-        const float* e = Element(4 * j + g, i);
-        words[g] = Pack<T>(e[0] * factor, e[1] * factor);
-      }
-      QuadTranspose(words);
-      if (store) {
-        *reinterpret_cast<uint4*>(row + 32 * j + threadIdx.x % 4 * 8) =
-            make_uint4(words[0], words[1], words[2], words[3]);
+      for (int j = 0; j < kQuarterColumns; j += 32) {
+        uint32_t words[4];
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+          const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
+          words[g] = Pack<T>(Normalised(e[0], factor), Normalised(e[1], factor));
+        }
+        QuadTranspose(words);
+        if (store) {
+          *reinterpret_cast<uint4*>(row + n * 2 * kQuarterColumns + j + threadIdx.x % 4 * 8) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+        }
       }
     }
-  }
-
-  // The two elements of row `i` (of this thread's two) in group `j` of 8 columns.
-  __device__ __forceinline__ const float* Element(int j, int i) const {
-    return &o_[8 * j / kBlockColumns][4 * (j % (kBlockColumns / 8)) + 2 * i];
   }
 
   __device__ __forceinline__ void WritePartialRow(float* row, int i, float factor, bool store) {
     if (!store) return;
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      const float* e = Element(j, i);
-      *reinterpret_cast<float2*>(row + 8 * j + FragmentColumn()) =
-          make_float2(e[0] * factor, e[1] * factor);
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int j = 0; j < kQuarterColumns; j += 8) {
+        const float* e = o_[n] + j / 2 + 2 * i;
+        *reinterpret_cast<float2*>(row + n * 2 * kQuarterColumns + j + FragmentColumn()) =
+            make_float2(Normalised(e[0], factor), Normalised(e[1], factor));
+      }
     }
+  }
+
+  // A row that sees no key is 0, also where a value that it does not see is not finite.
+  __device__ __forceinline__ static float Normalised(float x, float factor) {
+    return factor == 0.f ? 0.f : x * factor;
   }
 
   SharedMemoryPlan<T>& smem_;
   const DecodeParams& params_;
-  const int half_;
+  const int index_;
   float o_[kBlocks][kAccumulators];
   RingCursor<kPieceSlots> piece_;
   RingCursor<kValueSlots> v_;
@@ -759,7 +783,7 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
   }
   for (int i = 0; i < kPieceSlots; ++i) {
     BarrierInit(&smem.piece_full[i], 1);
-    BarrierInit(&smem.piece_empty[i], kWarpsPerWarpgroup * kValueWarpgroups);
+    BarrierInit(&smem.piece_empty[i], 1 + kWarpsPerWarpgroup * (1 + kValueWarpgroups));
   }
   for (int i = 0; i < kPageBatches; ++i) {
     BarrierInit(&smem.pages_full[i], 1);
@@ -779,6 +803,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& smem = *reinterpret_cast<SharedMemoryPlan<T>*>(shared_memory);
   if (threadIdx.x == 0) InitBarriers<T, kClusterSize>(smem);
   if constexpr (kClusterSize > 1) {
+    __syncwarp();
     ClusterSync();
   } else {
     __syncthreads();

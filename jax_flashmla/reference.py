@@ -15,7 +15,7 @@ import jax.numpy as jnp
 TILE_TOKENS = 64
 """The schedule counts in tiles of this many tokens, whatever the page size."""
 
-REQUEST_OVERHEAD = 5
+REQUEST_OVERHEAD = 2
 """What a request costs beyond its own tiles, in tiles (its prologue and epilogue)."""
 
 MIN_PAYLOAD = 1
