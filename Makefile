@@ -17,6 +17,7 @@ bin := $(VENV)/bin
 version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 installed := $(VENV)/installed-$(version)-$(subst $(comma),-,$(EXTRAS))
 compiled := pyproject.toml CMakeLists.txt $(shell find cmake cuda -type f)
+cxx := $(filter %.cu %.cuh %.h %.cc,$(compiled)) $(wildcard tests/*.cu)
 
 ifeq ($(version),)
 $(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
@@ -37,12 +38,12 @@ test-gpu: $(installed)
 lint: $(installed)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	$(bin)/clang-format --dry-run -Werror $(filter %.cu %.cuh %.h %.cc,$(compiled))
+	$(bin)/clang-format --dry-run -Werror $(cxx)
 
 format: $(installed)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	$(bin)/clang-format -i $(filter %.cu %.cuh %.h %.cc,$(compiled))
+	$(bin)/clang-format -i $(cxx)
 
 clean:
 	rm -rf $(VENV) build dist
