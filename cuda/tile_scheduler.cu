@@ -6,8 +6,9 @@
 //
 // Floor: one launch; 4 bytes read and 8 written a request.
 //
-// Schedule: one block. A pass over the batch for the total, then one that scans the costs, writes
-// what follows from them, and scans the split counts.
+// Schedule: one block. A pass over the batch for the total and for the cost of parts of whole
+// requests, then one that scans the costs, writes what follows from them, and scans the split
+// counts.
 #include "ffi.h"
 #include "mla.cuh"
 #include "sm90/cta.cuh"
@@ -72,24 +73,33 @@ __device__ __forceinline__ int PlaceRequest(const SchedulerParams& params, int i
   return (end - 1) / payload - first + 1;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    TileSchedulerKernel(const __grid_constant__ SchedulerParams params) {
-  sm90::AllowNextKernel();
-  sm90::WaitForPriorKernels();
-  const int batch = params.batch;
+// The cost of requests first .. last - 1.
+__device__ int Cost(const SchedulerParams& params, int first, int last) {
   int cost = 0;
-  for (int i = threadIdx.x; i < batch; i += kThreads) {
-    cost += Tiles(params.cache_seqlens[i], batch) + kRequestOverhead;
+#pragma unroll 4
+  for (int i = first; i < last; ++i) {
+    cost += Tiles(params.cache_seqlens[i], params.batch) + kRequestOverhead;
   }
-  int total;
-  BlockScan(cost, &total);
-  const int payload = max(CeilDiv(total, params.num_parts), kMinPartTiles);
+  return cost;
+}
 
+// Every part gets `group` whole requests.
+__device__ void PlaceWholeRequests(const SchedulerParams& params, int group) {
+  for (int i = threadIdx.x; i < params.batch; i += kThreads) params.first_part[i] = i / group;
+  for (int i = threadIdx.x; i <= params.batch; i += kThreads) params.num_splits[i] = i;
+  for (int p = threadIdx.x; p <= params.num_parts; p += kThreads) {
+    params.part_bounds[p] = {min(p * group, params.batch), 0};
+  }
+}
+
+// Every part gets `payload` units of the line, of `total` in all.
+__device__ void PlaceEqualParts(const SchedulerParams& params, int payload, int total) {
+  const int batch = params.batch;
   int placed = 0, splits_before = 0;
   for (int base = 0; base < batch; base += kThreads) {
     const int i = base + threadIdx.x;
     const int tiles = i < batch ? Tiles(params.cache_seqlens[i], batch) : 0;
-    cost = i < batch ? tiles + kRequestOverhead : 0;
+    const int cost = i < batch ? tiles + kRequestOverhead : 0;
     int strip_cost, strip_splits;
     const int begin = placed + BlockScan(cost, &strip_cost) - cost;
     const int splits = i < batch ? PlaceRequest(params, i, begin, tiles, payload) : 0;
@@ -98,10 +108,31 @@ __global__ void __launch_bounds__(kThreads)
     placed += strip_cost;
     splits_before += strip_splits;
   }
-
   if (threadIdx.x == 0) params.num_splits[0] = 0;
   for (int p = CeilDiv(total, payload) + threadIdx.x; p <= params.num_parts; p += kThreads) {
     params.part_bounds[p] = {batch, 0};
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    TileSchedulerKernel(const __grid_constant__ SchedulerParams params) {
+  sm90::AllowNextKernel();
+  sm90::WaitForPriorKernels();
+  const int group = CeilDiv(params.batch, params.num_parts);
+  int cost = 0, largest = 0;
+  for (int p = threadIdx.x; p < params.num_parts; p += kThreads) {
+    const int group_cost =
+        Cost(params, min(p * group, params.batch), min((p + 1) * group, params.batch));
+    cost += group_cost;
+    largest = max(largest, group_cost);
+  }
+  int total;
+  BlockScan(cost, &total);
+  const int payload = max(CeilDiv(total, params.num_parts), kMinPartTiles);
+  if (__syncthreads_or(largest - payload > payload / kWholeTolerance)) {
+    PlaceEqualParts(params, payload, total);
+  } else {
+    PlaceWholeRequests(params, group);
   }
 }
 

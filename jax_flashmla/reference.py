@@ -21,6 +21,9 @@ REQUEST_OVERHEAD = 2
 MIN_PAYLOAD = 1
 """The least cost, in tiles, that a part is given before a further part gets work."""
 
+WHOLE_TOLERANCE = 16
+"""Requests stay whole where that makes the largest part at most a 16th larger."""
+
 _COST_LIMIT = 2**30  # the sum of all costs stays below, so that int32 serves throughout
 # What decode reads at a time: enough to keep a machine busy, and a bound on temporary memory.
 _CHUNK_TOKENS = 1024  # of each sequence
@@ -32,6 +35,9 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
 
     The requests stand on a line, each as REQUEST_OVERHEAD units and then one unit a tile; part p
     gets the units from p * payload on. A cut inside a request's overhead moves to its start.
+
+    If giving each part the same number of whole requests makes the largest part at most
+    1 / WHOLE_TOLERANCE larger than that, no request is split: joining partial results costs more.
 
     Args:
       cache_seqlens: i32 [b], tokens of each sequence; negative ones count as 0.
@@ -67,7 +73,19 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     part_bounds = jnp.stack(
         [jnp.where(behind, b, request), jnp.where(behind, 0, jnp.maximum(tile, 0))], axis=1
     )
-    return part_bounds.astype(jnp.int32), first_part, num_splits
+
+    group = -(-b // num_parts)  # whole requests of a part
+    last = jnp.minimum(jnp.arange(1, num_parts + 1, dtype=jnp.int32) * group, b) - 1
+    largest = jnp.max(jnp.diff(end[last], prepend=0))
+    whole = largest - payload <= payload // WHOLE_TOLERANCE
+    request = jnp.minimum(jnp.arange(num_parts + 1, dtype=jnp.int32) * group, b)
+    whole_bounds = jnp.stack([request, jnp.zeros_like(request)], axis=1)
+    index = jnp.arange(b + 1, dtype=jnp.int32)
+    return (
+        jnp.where(whole, whole_bounds, part_bounds).astype(jnp.int32),
+        jnp.where(whole, index[:-1] // group, first_part),
+        jnp.where(whole, index, num_splits),
+    )
 
 
 def _ceil_div(x, divisor):

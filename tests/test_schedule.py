@@ -17,6 +17,8 @@ LENGTHS = {
     "one short": [1],
     "one empty": [0],
     "uniform": [4096] * 128,
+    "nearly uniform": [4096] * 127 + [4352],
+    "not quite uniform": [4096] * 127 + [4800],
     "ragged": [1, 64, 65, 0, 8192, 63, 128, 300, 0, 0, 77, 12345],
     "empty": [0] * 7,
     "empty at the ends": [0, 0, 500, 0],
@@ -35,6 +37,11 @@ def slow_schedule(lengths, num_parts):
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     starts = np.concatenate([[0], np.cumsum([t + OVERHEAD for t in tiles])]).tolist()
     payload = max(-(-starts[-1] // num_parts), 1)
+    group = -(-b // num_parts)
+    edges = [min(p * group, b) for p in range(num_parts + 1)]
+    largest = max(starts[y] - starts[x] for x, y in itertools.pairwise(edges))
+    if largest <= payload + payload // 16:
+        return [(i, 0) for i in edges], [i // group for i in range(b)], list(range(b + 1))
     bounds = []
     for p in range(num_parts + 1):
         cut = p * payload
@@ -107,9 +114,15 @@ def test_each_tile_has_one_owner(lengths, num_sms):
 
 
 def test_parts_share_the_work():
-    metadata, _ = make([4096] * 128, 132, "xla")
+    metadata, _ = make([4096] * 100, 132, "xla")
     cost = [int(i) * (64 + OVERHEAD) + int(t) for i, t in metadata.part_bounds]
     assert max(np.diff(cost)) <= -(-cost[-1] // metadata.num_parts) + OVERHEAD
+
+
+@pytest.mark.parametrize("length", [64, 1024, 4096, 32768])
+def test_equal_lengths_stay_whole_where_that_costs_little(length):
+    _, num_splits = make([length] * 128, 132, "xla")
+    np.testing.assert_array_equal(num_splits, np.arange(129))
 
 
 @pytest.mark.parametrize(
