@@ -23,7 +23,7 @@
 //
 // The score warpgroup announces P(n) when it has issued S(n+1), so that the tensor cores always
 // have one product queued while softmax runs; if the tile of S(n+1) has not arrived yet, it
-// announces P(n) at once. Keeping Q in registers makes room for 2.5 tiles in flight and takes a
+// announces P(n) at once. Keeping Q in registers makes room for 2.75 tiles in flight and takes a
 // sixth off the shared-memory traffic, which would be the limit otherwise.
 //
 // Where there is an even number of row tiles, two blocks form a cluster, work on the same piece

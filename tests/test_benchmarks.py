@@ -3,6 +3,7 @@
 import copy
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -125,3 +126,21 @@ def test_the_benchmark_runs_and_is_reported(tmp_path):
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert "2 x 100" in (docs / "performance.md").read_text()
     assert (docs / "performance.svg").stat().st_size > 1000
+
+
+def test_the_readme_quotes_the_results():
+    """Each cell of the README's table is `us (share of the floor, ratio)` of a measured row."""
+    results = json.loads((BENCHMARKS / "results/h200.json").read_text())
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    assert f"commit `{results['commit']}`" in readme
+    rows = {
+        (r["batch"], r["mean_len"], r["varlen"], r["h_q"], r["s_q"]): r for r in results["rows"]
+    }
+    columns = ((16, 1), (64, 1), (128, 1), (128, 2))
+    lines = re.findall(r"^\| (\d+) x (\d+)( varlen)? \|(.*)\|$", readme, re.MULTILINE)
+    assert len(lines) >= 5
+    for batch, length, varlen, cells in lines:
+        for column, cell in zip(columns, cells.split("|"), strict=True):
+            row = rows[int(batch), int(length), bool(varlen), *column]
+            share = f"{100 * row['of_floor']:.0f}%"
+            assert cell.strip() == f"{row['us']:.1f} ({share}, {row['ratio']:.2f}x)"
