@@ -23,7 +23,7 @@ ifeq ($(version),)
 $(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
 endif
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-gpu sanitize lint format clean
 
 demo: $(installed)
 	$(if $(gpu),,JAX_PLATFORMS=cpu) $(bin)/python examples/decode_loop.py
@@ -34,6 +34,13 @@ test: $(installed)
 # On a machine with a Hopper GPU; without one it fails.
 test-gpu: $(installed)
 	JAX_FLASHMLA_REQUIRE_GPU=1 $(bin)/pytest -m gpu $(PYTEST_ARGS)
+
+# With CUDA's compute-sanitizer on PATH.
+sanitize: $(installed)
+	for tool in memcheck synccheck racecheck; do \
+	  compute-sanitizer --tool $$tool --kernel-regex kns=jax_flashmla --error-exitcode 1 \
+	    $(bin)/python tests/sanitizer_sample.py || exit; \
+	done
 
 lint: $(installed)
 	$(bin)/ruff check .

@@ -1,0 +1,53 @@
+"""A few calls that run every kernel, small enough for compute-sanitizer: see `make sanitize`."""
+
+import argparse
+
+import jax.numpy as jnp
+import numpy as np
+from cases import D_K, D_V, UNUSED_ENTRY
+
+import jax_flashmla as fm
+
+
+def run(
+    lengths, h_q, *, s_q=1, h_kv=1, page=64, dtype=jnp.bfloat16, bad_page=False, implementation
+):
+    """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN."""
+    rng = np.random.default_rng(0)
+    b, max_blocks = len(lengths), -(-max(lengths) // page) + 1
+    num_blocks = b * max_blocks
+    table = rng.permutation(num_blocks).reshape(b, max_blocks).astype(np.int32)
+    for row, length in zip(table, lengths, strict=True):
+        row[-(-length // page) :] = UNUSED_ENTRY
+    if bad_page:
+        table[0, 0] = num_blocks + 7
+    block_table, cache_seqlens = jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+
+    cache = jnp.asarray(rng.standard_normal((num_blocks, page, h_kv, D_K)), dtype)
+    slots = fm.get_slot_mapping(block_table, cache_seqlens[:, None] - 1, page).reshape(-1)
+    new_kv = jnp.ones((b, h_kv, D_K), dtype)
+    cache = fm.append_kv_cache(cache, new_kv, slots, implementation=implementation)
+    q = jnp.asarray(rng.standard_normal((b, s_q, h_q, D_K)), dtype)
+    out, _ = fm.flash_mla_with_kvcache(
+        q,
+        cache,
+        block_table,
+        cache_seqlens,
+        D_V,
+        causal=s_q > 1,
+        implementation=implementation,
+    )
+    finite = np.isfinite(np.asarray(out.astype(jnp.float32))).all(axis=(1, 2, 3))
+    np.testing.assert_array_equal(finite, [not bad_page] + [True] * (b - 1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--implementation", default="cuda")
+    chosen = {"implementation": parser.parse_args().implementation}
+    run([300, 1000, 17], 16, **chosen)
+    run([300, 0, 700], 128, **chosen)
+    run([130, 90], 128, s_q=2, page=16, bad_page=True, **chosen)
+    run([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16, **chosen)
+    run([70] * 140, 64, page=128, **chosen)
+    print("all kernels ran")
