@@ -303,7 +303,7 @@ class Loader {
     CloseBatch();
   }
 
-  // The query chunks that score moves to registers pass through the slots of one tile.
+  // The query chunks that score moves to registers pass through kQuerySlots slots of V columns.
   __device__ __forceinline__ void LoadRegisterQueries(int row, int request) {
 #pragma unroll 1
     for (int first = 0; first < kRegisterChunks; first += kQuarterChunks) {

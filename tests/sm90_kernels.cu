@@ -145,7 +145,6 @@ __global__ void TmaLoadKernel(const __grid_constant__ CUtensorMap map, int4 at, 
   for (int i = threadIdx.x; i < kSide * kSide; i += blockDim.x) tile.data[i] = 0xffff;
   FenceAsyncProxy();
   if (threadIdx.x == 0) {
-    PrefetchTensorMap(&map);
     BarrierInit(&full, 1);
     FenceBarrierInit();
   }

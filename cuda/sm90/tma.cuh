@@ -9,10 +9,6 @@
 
 namespace jax_flashmla::sm90 {
 
-__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
-
 __device__ __forceinline__ void TmaLoad4d(void* destination, const CUtensorMap* map,
                                           Barrier* barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
