@@ -169,6 +169,8 @@ class RingCursor {
 };
 
 __device__ __forceinline__ bool IsFirstLane() { return threadIdx.x % kWarpSize == 0; }
+// Of the four lanes that share two rows of a fragment.
+__device__ __forceinline__ bool IsFirstOfQuad() { return threadIdx.x % 4 == 0; }
 
 // Hides from the compiler what a value is computed from, so that it computes it where it is used
 // instead of keeping it in a register through the loops: value has none to spare.
@@ -251,11 +253,8 @@ class Planner {
       const bool any_outside = __any_sync(kFullWarp, outside);
       Wait(&smem_.pages_empty[pages_.Slot()], pages_.Parity() ^ 1);
       smem_.pages[pages_.Slot()][lane] = id;
-      __syncwarp();
-      if (IsFirstLane()) {
-        if (any_outside) piece.invalid = 1;
-        Arrive(&smem_.pages_full[pages_.Slot()]);
-      }
+      if (any_outside && lane == 0) piece.invalid = 1;
+      Arrive(&smem_.pages_full[pages_.Slot()]);
       pages_.Advance();
     }
   }
@@ -469,9 +468,10 @@ class Scorer {
     }
   }
 
-  // Tells value that the last P is there, if that has not been done.
+  // Tells value that the last P is there, if that has not been done. Each lane that wrote factors
+  // arrives, for P with the rest of its warp behind a __syncwarp.
   __device__ __forceinline__ void Announce() {
-    if (announce_ && threadIdx.x % kWarpSize == 0) Arrive(&smem_.message_full[message_.Slot() ^ 1]);
+    if (announce_ && IsFirstOfQuad()) Arrive(&smem_.message_full[message_.Slot() ^ 1]);
     announce_ = false;
   }
 
@@ -527,7 +527,7 @@ class Scorer {
 
   // The first lane of each quad writes the factors of its two rows.
   __device__ __forceinline__ void WriteFactors(const float (&factor)[2]) {
-    if (threadIdx.x % 4 != 0) return;
+    if (!IsFirstOfQuad()) return;
     smem_.row_factor[message_.Slot()][FragmentRow()] = factor[0];
     smem_.row_factor[message_.Slot()][FragmentRow() + 8] = factor[1];
   }
@@ -549,7 +549,7 @@ class Scorer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = work.row_tile * kTileRows + FragmentRow() + 8 * i;
-      if (threadIdx.x % 4 != 0 || row >= params_.rows) continue;
+      if (!IsFirstOfQuad() || row >= params_.rows) continue;
       if (piece.slot >= 0) {
         const int64_t base = static_cast<int64_t>(piece.slot) * params_.num_kv_heads + work.kv_head;
         params_.lse_partial[base * params_.rows + row] = lse2[i];
@@ -778,7 +778,7 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
     BarrierInit(&smem.rope_empty[i], kWarpsPerWarpgroup * kClusterSize);
   }
   for (int i = 0; i < kMessageSlots; ++i) {
-    BarrierInit(&smem.message_full[i], kWarpsPerWarpgroup);
+    BarrierInit(&smem.message_full[i], kWarpgroupSize / 4);
     BarrierInit(&smem.message_empty[i], kWarpsPerWarpgroup * kValueWarpgroups);
   }
   for (int i = 0; i < kPieceSlots; ++i) {
@@ -786,7 +786,7 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
     BarrierInit(&smem.piece_empty[i], 1 + kWarpsPerWarpgroup * (1 + kValueWarpgroups));
   }
   for (int i = 0; i < kPageBatches; ++i) {
-    BarrierInit(&smem.pages_full[i], 1);
+    BarrierInit(&smem.pages_full[i], kWarpSize);
     BarrierInit(&smem.pages_empty[i], 1);
   }
   BarrierInit(&smem.q_full, 1);
