@@ -9,7 +9,9 @@
 // equal parts, one for each group of SMs. A part works from part_bounds[p] to part_bounds[p + 1];
 // the bound (i, 0) stands for all of the requests before i. A request that parts share is split:
 // split s is made by part first_part[i] + s, and num_splits[i] counts the splits before request i.
-// Where parts of equally many whole requests are at most 1 / kWholeTolerance larger, none is split.
+// Where parts that are aligned to the requests (equally many whole requests each, or equally many
+// parts a request) are at most 1 / kAlignedTolerance larger, they are taken: they need fewer
+// splits.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +24,7 @@ constexpr int kTileTokens = 64;  // tokens of a key tile
 constexpr int kTileRows = 64;    // query rows of a row tile
 constexpr int kRequestOverhead = 2;
 constexpr int kMinPartTiles = 1;
-constexpr int kWholeTolerance = 16;
+constexpr int kAlignedTolerance = 16;
 
 // Where a part begins: tile `tile` of request `request`.
 struct PartBound {

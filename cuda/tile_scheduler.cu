@@ -6,9 +6,9 @@
 //
 // Floor: one launch; 4 bytes read and 8 written a request.
 //
-// Schedule: one block. A pass over the batch for the total and for the cost of parts of whole
-// requests, then one that scans the costs, writes what follows from them, and scans the split
-// counts.
+// Schedule: one block. A pass over the batch for the total and for the cost of the largest aligned
+// part, then one that writes the aligned parts, or scans the costs, writes what follows from them,
+// and scans the split counts.
 #include "ffi.h"
 #include "mla.cuh"
 #include "sm90/cta.cuh"
@@ -19,7 +19,7 @@ namespace {
 using sm90::kFullWarp;
 using sm90::kWarpSize;
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr const char* kOp = "get_mla_metadata";
 
@@ -42,7 +42,7 @@ __device__ int BlockScan(int value, int* total) {
   }
   if (lane == kWarpSize - 1) warp_sums[warp] = value;
   __syncthreads();
-  int warp_sum = warp_sums[lane];
+  int warp_sum = lane < kWarps ? warp_sums[lane] : 0;
 #pragma unroll
   for (int step = 1; step < kWarps; step *= 2) {
     const int before = __shfl_up_sync(kFullWarp, warp_sum, step);
@@ -73,23 +73,61 @@ __device__ __forceinline__ int PlaceRequest(const SchedulerParams& params, int i
   return (end - 1) / payload - first + 1;
 }
 
-// The cost of requests first .. last - 1.
-__device__ int Cost(const SchedulerParams& params, int first, int last) {
-  int cost = 0;
+// Aligned parts: of `requests` whole requests each, or `splits` parts for each request.
+struct Alignment {
+  int requests, splits;
+
+  __device__ __forceinline__ explicit Alignment(const SchedulerParams& params)
+      : requests(CeilDiv(params.batch, params.num_parts)),
+        splits(max(params.num_parts / params.batch, 1)) {}
+};
+
+// The sum of the costs of part p's requests, and the cost of part p.
+__device__ int RequestsCost(const SchedulerParams& params, Alignment aligned, int p, int* part) {
+  const int first = min(p * aligned.requests, params.batch);
+  const int last = min(first + aligned.requests, params.batch);
+  int sum = 0;
+  *part = 0;
 #pragma unroll 4
   for (int i = first; i < last; ++i) {
-    cost += Tiles(params.cache_seqlens[i], params.batch) + kRequestOverhead;
+    const int tiles = Tiles(params.cache_seqlens[i], params.batch);
+    sum += tiles + kRequestOverhead;
+    *part += aligned.splits == 1 ? tiles + kRequestOverhead : CeilDiv(tiles, aligned.splits);
   }
-  return cost;
+  return sum;
 }
 
-// Every part gets `group` whole requests.
-__device__ void PlaceWholeRequests(const SchedulerParams& params, int group) {
-  for (int i = threadIdx.x; i < params.batch; i += kThreads) params.first_part[i] = i / group;
-  for (int i = threadIdx.x; i <= params.batch; i += kThreads) params.num_splits[i] = i;
+// Where part p begins: whole requests, or one of the equal splits of a request. The parts that a
+// short request leaves over are empty.
+__device__ __forceinline__ PartBound AlignedBound(const SchedulerParams& params, Alignment aligned,
+                                                  int p) {
+  const int request = p / aligned.splits * aligned.requests, split = p % aligned.splits;
+  if (request >= params.batch) return {params.batch, 0};
+  if (split == 0) return {request, 0};
+  const int tiles = Tiles(params.cache_seqlens[request], params.batch);
+  const int first = split * CeilDiv(tiles, aligned.splits);
+  return first < tiles ? PartBound{request, first} : PartBound{request + 1, 0};
+}
+
+__device__ void PlaceAlignedParts(const SchedulerParams& params, Alignment aligned) {
   for (int p = threadIdx.x; p <= params.num_parts; p += kThreads) {
-    params.part_bounds[p] = {min(p * group, params.batch), 0};
+    params.part_bounds[p] = AlignedBound(params, aligned, p);
   }
+  int splits_before = 0;
+  for (int base = 0; base < params.batch; base += kThreads) {
+    const int i = base + threadIdx.x;
+    int splits = 0;
+    if (i < params.batch) {
+      const int tiles = Tiles(params.cache_seqlens[i], params.batch);
+      splits = tiles == 0 ? 1 : CeilDiv(tiles, CeilDiv(tiles, aligned.splits));
+      params.first_part[i] = i / aligned.requests * aligned.splits;
+    }
+    int strip_splits;
+    const int splits_until = splits_before + BlockScan(splits, &strip_splits);
+    if (i < params.batch) params.num_splits[i + 1] = splits_until;
+    splits_before += strip_splits;
+  }
+  if (threadIdx.x == 0) params.num_splits[0] = 0;
 }
 
 // Every part gets `payload` units of the line, of `total` in all.
@@ -118,21 +156,20 @@ __global__ void __launch_bounds__(kThreads)
     TileSchedulerKernel(const __grid_constant__ SchedulerParams params) {
   sm90::AllowNextKernel();
   sm90::WaitForPriorKernels();
-  const int group = CeilDiv(params.batch, params.num_parts);
+  const Alignment aligned(params);
   int cost = 0, largest = 0;
-  for (int p = threadIdx.x; p < params.num_parts; p += kThreads) {
-    const int group_cost =
-        Cost(params, min(p * group, params.batch), min((p + 1) * group, params.batch));
-    cost += group_cost;
-    largest = max(largest, group_cost);
+  for (int p = threadIdx.x; p * aligned.requests < params.batch; p += kThreads) {
+    int part_cost;
+    cost += RequestsCost(params, aligned, p, &part_cost);
+    largest = max(largest, part_cost);
   }
   int total;
   BlockScan(cost, &total);
   const int payload = max(CeilDiv(total, params.num_parts), kMinPartTiles);
-  if (__syncthreads_or(largest - payload > payload / kWholeTolerance)) {
+  if (__syncthreads_or(largest - payload > payload / kAlignedTolerance)) {
     PlaceEqualParts(params, payload, total);
   } else {
-    PlaceWholeRequests(params, group);
+    PlaceAlignedParts(params, aligned);
   }
 }
 

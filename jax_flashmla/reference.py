@@ -21,8 +21,8 @@ REQUEST_OVERHEAD = 2
 MIN_PAYLOAD = 1
 """The least cost, in tiles, that a part is given before a further part gets work."""
 
-WHOLE_TOLERANCE = 16
-"""Requests stay whole where that makes the largest part at most a 16th larger."""
+ALIGNED_TOLERANCE = 16
+"""Parts are aligned to the requests where that makes the largest one at most a 16th larger."""
 
 _COST_LIMIT = 2**30  # the sum of all costs stays below, so that int32 serves throughout
 # What decode reads at a time: enough to keep a machine busy, and a bound on temporary memory.
@@ -36,8 +36,9 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     The requests stand on a line, each as REQUEST_OVERHEAD units and then one unit a tile; part p
     gets the units from p * payload on. A cut inside a request's overhead moves to its start.
 
-    If giving each part the same number of whole requests makes the largest part at most
-    1 / WHOLE_TOLERANCE larger than that, no request is split: joining partial results costs more.
+    If parts aligned to the requests, of equally many whole requests each or equally many parts a
+    request, make the largest one at most 1 / ALIGNED_TOLERANCE larger than that, they are taken:
+    fewer requests are split, and joining partial results costs more.
 
     Args:
       cache_seqlens: i32 [b], tokens of each sequence; negative ones count as 0.
@@ -74,18 +75,41 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
         [jnp.where(behind, b, request), jnp.where(behind, 0, jnp.maximum(tile, 0))], axis=1
     )
 
-    group = -(-b // num_parts)  # whole requests of a part
-    last = jnp.minimum(jnp.arange(1, num_parts + 1, dtype=jnp.int32) * group, b) - 1
-    largest = jnp.max(jnp.diff(end[last], prepend=0))
-    whole = largest - payload <= payload // WHOLE_TOLERANCE
-    request = jnp.minimum(jnp.arange(num_parts + 1, dtype=jnp.int32) * group, b)
-    whole_bounds = jnp.stack([request, jnp.zeros_like(request)], axis=1)
-    index = jnp.arange(b + 1, dtype=jnp.int32)
-    return (
-        jnp.where(whole, whole_bounds, part_bounds).astype(jnp.int32),
-        jnp.where(whole, index[:-1] // group, first_part),
-        jnp.where(whole, index, num_splits),
+    requests = -(-b // num_parts)  # of an aligned part, or
+    parts = jnp.maximum(jnp.asarray(num_parts // b, jnp.int32), 1)  # aligned parts of a request
+    last = jnp.minimum(jnp.arange(1, num_parts + 1, dtype=jnp.int32) * requests, b) - 1
+    whole = jnp.max(jnp.diff(end[last], prepend=0))
+    largest = jnp.where(parts == 1, whole, jnp.max(_ceil_div(tiles, parts)))
+    aligned = largest - payload <= payload // ALIGNED_TOLERANCE
+    equal = part_bounds, first_part, num_splits
+    return tuple(
+        jnp.where(aligned, ours, theirs).astype(jnp.int32)
+        for ours, theirs in zip(
+            _aligned_parts(tiles, requests, parts, num_parts=num_parts), equal, strict=True
+        )
     )
+
+
+def _aligned_parts(tiles, requests, parts, *, num_parts):
+    """The schedule of parts that hold `requests` whole requests, or `parts` parts a request."""
+    b = tiles.shape[0]
+    tiles_a_split = jnp.maximum(_ceil_div(tiles, parts), 1)
+    splits = jnp.maximum(_ceil_div(tiles, tiles_a_split), 1)
+    part = jnp.arange(num_parts + 1, dtype=jnp.int32)
+    request, split = jnp.minimum(part // parts * requests, b), part % parts
+    inside = jnp.minimum(request, b - 1)
+    # The parts that a short request leaves over are empty.
+    empty = (split >= splits[inside]) | (request == b)
+    part_bounds = jnp.stack(
+        [
+            jnp.where(empty, jnp.minimum(request + 1, b), request),
+            jnp.where(empty, 0, split * tiles_a_split[inside]),
+        ],
+        axis=1,
+    )
+    first_part = jnp.arange(b, dtype=jnp.int32) // requests * parts
+    num_splits = jnp.concatenate([jnp.zeros_like(splits[:1]), jnp.cumsum(splits)])
+    return part_bounds, first_part, num_splits
 
 
 def _ceil_div(x, divisor):

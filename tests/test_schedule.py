@@ -25,6 +25,9 @@ LENGTHS = {
     "negative": [-1, 100, -(2**31), 64],
     "long": [131072, 5],
     "largest": [2**31 - 1] * 3,
+    "few and equal": [8192] * 8,
+    "few and nearly equal": [8192, 8100, 8192, 7900, 8000],
+    "few, one a little shorter": [320, 256, 320],
     "many": list(range(3000)),
 }
 # num_sms of a call with 128 rows and one KV head: two SMs a part
@@ -37,11 +40,15 @@ def slow_schedule(lengths, num_parts):
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     starts = np.concatenate([[0], np.cumsum([t + OVERHEAD for t in tiles])]).tolist()
     payload = max(-(-starts[-1] // num_parts), 1)
-    group = -(-b // num_parts)
+    group, parts = -(-b // num_parts), max(1, num_parts // b)
     edges = [min(p * group, b) for p in range(num_parts + 1)]
     largest = max(starts[y] - starts[x] for x, y in itertools.pairwise(edges))
+    if parts > 1:
+        largest = max(-(-t // parts) for t in tiles)
     if largest <= payload + payload // 16:
-        return [(i, 0) for i in edges], [i // group for i in range(b)], list(range(b + 1))
+        if parts == 1:
+            return [(i, 0) for i in edges], [i // group for i in range(b)], list(range(b + 1))
+        return aligned_schedule(tiles, parts, num_parts)
     bounds = []
     for p in range(num_parts + 1):
         cut = p * payload
@@ -57,6 +64,18 @@ def slow_schedule(lengths, num_parts):
         first_part.append(first)
         num_splits.append(num_splits[-1] + last - first + 1)
     return bounds, first_part, num_splits
+
+
+def aligned_schedule(tiles, parts, num_parts):
+    """Every request has `parts` parts of equally many tiles; a short one leaves some empty."""
+    bounds, num_splits = [], [0]
+    for i, count in enumerate(tiles):
+        step = max(1, -(-count // parts))
+        begins = list(range(0, max(count, 1), step))
+        bounds += [(i, tile) for tile in begins] + [(i + 1, 0)] * (parts - len(begins))
+        num_splits.append(num_splits[-1] + len(begins))
+    bounds += [(len(tiles), 0)] * (num_parts + 1 - len(bounds))
+    return bounds, [i * parts for i in range(len(tiles))], num_splits
 
 
 def make(lengths, num_sms, implementation):
@@ -123,6 +142,17 @@ def test_parts_share_the_work():
 def test_equal_lengths_stay_whole_where_that_costs_little(length):
     _, num_splits = make([length] * 128, 132, "xla")
     np.testing.assert_array_equal(num_splits, np.arange(129))
+
+
+@pytest.mark.parametrize(("batch", "length", "splits"), [(64, 8192, 2), (32, 4096, 4), (8, 8192, 16)])
+def test_equal_lengths_get_equal_splits(batch, length, splits):
+    metadata, num_splits = fm.get_mla_metadata(
+        jnp.full(batch, length, jnp.int32), 64, 1, num_sms=132, implementation="xla"
+    )
+    np.testing.assert_array_equal(num_splits, np.arange(batch + 1) * splits)
+    step = length // TILE // splits
+    bounds = [(i, s * step) for i in range(batch) for s in range(splits)]
+    np.testing.assert_array_equal(metadata.part_bounds[: len(bounds)], bounds)
 
 
 @pytest.mark.parametrize(
