@@ -9,8 +9,8 @@
 // Schedule: a block looks at one request, or, where there are more requests than parts, at one
 // boundary between parts: it lies inside a request, and is the first to do so, or not. Blocks that
 // find nothing to do leave at once. Two shapes of work, by what is known at launch: with many
-// requests a part has few splits of each, and a warp makes a whole row; with few requests a block
-// makes a quarter of one row, its warps sharing the splits.
+// requests each has few splits, and a warp makes a whole row; with few requests 2 to 16 warps make
+// a quarter of a row, sharing the splits, all of which are in flight at once.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,11 +24,12 @@ namespace {
 using sm90::kFullWarp;
 using sm90::kWarpSize;
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kLaneColumns = 4;                          // a lane loads 16 bytes
 constexpr int kWarpColumns = kWarpSize * kLaneColumns;   // 128
 constexpr int kColumnBlocks = kHeadDimV / kWarpColumns;  // 4
+
+// Warps of a block of the kernel in which kWarps warps make a quarter row, or one a row (0).
+constexpr int BlockWarps(int warps) { return warps > 8 ? warps : 8; }
 
 // The splits of one request.
 struct SplitRequest {
@@ -62,55 +63,77 @@ __device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int par
 // log2 of the sum of 2^lse over the splits, by the 32 lanes of a warp; NaN if any is NaN.
 __device__ __forceinline__ float TotalLse(const CombineParams& params, const SplitRequest& request,
                                           int kv_head, int row) {
-  const int lane = threadIdx.x % kWarpSize;
-  float largest = -INFINITY, sum = 0.f;
-  for (int split = lane; split < request.splits; split += kWarpSize) {
-    const float lse = params.lse_partial[request.PartialRow(params, split, kv_head, row)];
-    const float reference = fmaxf(largest, lse);
-    if (lse == -INFINITY) continue;  // and not where it is NaN
-    sum = sum * Exp2(largest - reference) + Exp2(lse - reference);
-    largest = reference;
-  }
+  constexpr int kAtOnce = 5;  // so that 132 parts take one turn
+  float total = -INFINITY;
+  for (int begin = 0; begin < request.splits; begin += kAtOnce * kWarpSize) {
+    float lse[kAtOnce];
+    float largest = total;
 #pragma unroll
-  for (int step = kWarpSize / 2; step > 0; step /= 2) {
-    const float other = __shfl_xor_sync(kFullWarp, largest, step);
-    const float other_sum = __shfl_xor_sync(kFullWarp, sum, step);
-    const float reference = fmaxf(largest, other);
-    if (reference != -INFINITY) {
-      sum = sum * Exp2(largest - reference) + other_sum * Exp2(other - reference);
-    } else {
-      sum += other_sum;  // 0, or NaN
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int split = begin + i * kWarpSize + threadIdx.x % kWarpSize;
+      lse[i] = split < request.splits
+                   ? params.lse_partial[request.PartialRow(params, split, kv_head, row)]
+                   : -INFINITY;
+      largest = fmaxf(largest, lse[i]);
     }
-    largest = reference;
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
+    }
+    if (largest == -INFINITY) largest = 0.f;  // -inf - -inf is NaN
+    float sum = threadIdx.x % kWarpSize == 0 ? Exp2(total - largest) : 0.f;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum += Exp2(lse[i] - largest);
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(kFullWarp, sum, step);
+    }
+    total = log2f(sum) + largest;  // -inf where the sum is 0
   }
-  return sum == 0.f ? -INFINITY : log2f(sum) + (largest == -INFINITY ? 0.f : largest);
+  return total;
 }
 
-// Adds to `sum` the share of splits first, first + step, ... in columns `column` .. + 3 of each
-// block of 128. A split that saw no key holds zeros.
-template <int kBlocks>
-__device__ __forceinline__ void AddSplits(const CombineParams& params, const SplitRequest& request,
-                                          int kv_head, int row, float total, int first, int step,
-                                          int column, float4 (&sum)[kBlocks]) {
-#pragma unroll 2
-  for (int split = first; split < request.splits; split += step) {
-    const int64_t partial = request.PartialRow(params, split, kv_head, row);
-    const float* o = params.o_partial + partial * kHeadDimV + column;
-    float4 x[kBlocks];
+// Adds to `sum` the shares of splits first, first + step, ... in columns `column` .. + 3 of each
+// block of 128, and gives the total log-sum-exp. kAtOnce splits are in flight, the first of them
+// before the total is known. A split that saw no key counts for nothing.
+template <int kBlocks, int kAtOnce>
+__device__ __forceinline__ float AddSplits(const CombineParams& params, const SplitRequest& request,
+                                           int kv_head, int row, int first, int step, int column,
+                                           float4 (&sum)[kBlocks]) {
+  float total = 0.f;
+  int begin = first;
+  do {
+    float4 x[kAtOnce][kBlocks];
+    float lse[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      x[j] = *reinterpret_cast<const float4*>(o + j * kWarpColumns);
-    }
-    const float lse = params.lse_partial[partial];
-    const float weight = lse == -INFINITY ? 0.f : Exp2(lse - total);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int split = begin + i * step;
+      lse[i] = -INFINITY;
+      if (split >= request.splits) continue;
+      const int64_t partial = request.PartialRow(params, split, kv_head, row);
+      lse[i] = params.lse_partial[partial];
+      const float* o = params.o_partial + partial * kHeadDimV + column;
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      sum[j].x = fmaf(weight, x[j].x, sum[j].x);
-      sum[j].y = fmaf(weight, x[j].y, sum[j].y);
-      sum[j].z = fmaf(weight, x[j].z, sum[j].z);
-      sum[j].w = fmaf(weight, x[j].w, sum[j].w);
+      for (int j = 0; j < kBlocks; ++j) {
+        x[i][j] = *reinterpret_cast<const float4*>(o + j * kWarpColumns);
+      }
     }
-  }
+    if (begin == first) total = TotalLse(params, request, kv_head, row);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (lse[i] == -INFINITY) continue;
+      const float weight = Exp2(lse[i] - total);
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        sum[j].x = fmaf(weight, x[i][j].x, sum[j].x);
+        sum[j].y = fmaf(weight, x[i][j].y, sum[j].y);
+        sum[j].z = fmaf(weight, x[i][j].z, sum[j].z);
+        sum[j].w = fmaf(weight, x[i][j].w, sum[j].w);
+      }
+    }
+    begin += kAtOnce * step;
+  } while (begin < request.splits);
+  return total;
 }
 
 template <typename T>
@@ -137,9 +160,9 @@ template <typename T>
 __device__ __forceinline__ void CombineRow(const CombineParams& params, const SplitRequest& request,
                                            int kv_head, int row) {
   const int lane = threadIdx.x % kWarpSize;
-  const float total = TotalLse(params, request, kv_head, row);
   float4 sum[kColumnBlocks] = {};
-  AddSplits(params, request, kv_head, row, total, 0, 1, lane * kLaneColumns, sum);
+  const float total =
+      AddSplits<kColumnBlocks, 2>(params, request, kv_head, row, 0, 1, lane * kLaneColumns, sum);
 #pragma unroll
   for (int j = 0; j < kColumnBlocks; ++j) {
     WriteColumns<T>(params, request.request, kv_head, row, j * kWarpColumns + lane * kLaneColumns,
@@ -148,48 +171,82 @@ __device__ __forceinline__ void CombineRow(const CombineParams& params, const Sp
   if (lane == 0) WriteLse(params, request.request, kv_head, row, total);
 }
 
-// A block a quarter of a row.
-template <typename T>
+// kWarps warps a quarter of a row.
+template <typename T, int kWarps>
 __device__ __forceinline__ void CombineQuarterRow(const CombineParams& params,
                                                   const SplitRequest& request, int kv_head, int row,
                                                   int quarter) {
-  __shared__ float4 partial[kWarps][kWarpSize];
+  __shared__ float4 partial[BlockWarps(kWarps)][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int column = quarter * kWarpColumns + lane * kLaneColumns;
-  const float total = TotalLse(params, request, kv_head, row);
   float4 sum[1] = {};
-  AddSplits(params, request, kv_head, row, total, warp, kWarps, column, sum);
+  const float total =
+      AddSplits<1, 9>(params, request, kv_head, row, warp % kWarps, kWarps, column, sum);
   partial[warp][lane] = sum[0];
   __syncthreads();
-  if (warp != 0) return;
+  if (warp % kWarps != 0) return;
 #pragma unroll
   for (int w = 1; w < kWarps; ++w) {
-    sum[0].x += partial[w][lane].x;
-    sum[0].y += partial[w][lane].y;
-    sum[0].z += partial[w][lane].z;
-    sum[0].w += partial[w][lane].w;
+    sum[0].x += partial[warp + w][lane].x;
+    sum[0].y += partial[warp + w][lane].y;
+    sum[0].z += partial[warp + w][lane].z;
+    sum[0].w += partial[warp + w][lane].w;
   }
   WriteColumns<T>(params, request.request, kv_head, row, column, sum[0]);
   if (lane == 0 && quarter == 0) WriteLse(params, request.request, kv_head, row, total);
 }
 
-// Grid: candidates * h_kv * units, unit fastest: 8 rows, of a warp each, or a quarter of a row.
-template <typename T, bool kQuarterRows>
-__global__ void __launch_bounds__(kThreads)
+// Grid: candidates * h_kv * units, unit fastest. A unit is what the block's warps make: a row each
+// (kWarps 0), or a quarter of a row by kWarps of them.
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(BlockWarps(kWarps) * kWarpSize, BlockWarps(kWarps) > 8 ? 1 : 3)
     CombineKernel(const __grid_constant__ CombineParams params, int units, bool by_request) {
-  sm90::WaitForPriorKernels();
   const int unit = blockIdx.x % units;
   const int kv_head = blockIdx.x / units % params.num_kv_heads;
   const int candidate = blockIdx.x / units / params.num_kv_heads;
   SplitRequest request;
   const bool found = by_request ? FindByRequest(params.schedule, candidate, &request)
                                 : FindByPart(params.schedule, candidate + 1, &request);
+  // The schedule comes from before decode, which has waited for it before it let this kernel start.
+  sm90::WaitForPriorKernels();
   if (!found) return;
-  if constexpr (kQuarterRows) {
-    CombineQuarterRow<T>(params, request, kv_head, unit / kColumnBlocks, unit % kColumnBlocks);
+  const int warp = threadIdx.x / kWarpSize;
+  if constexpr (kWarps > 0) {
+    const int quarter = unit * (BlockWarps(kWarps) / kWarps) + warp / kWarps;
+    CombineQuarterRow<T, kWarps>(params, request, kv_head, quarter / kColumnBlocks,
+                                 quarter % kColumnBlocks);
   } else {
-    const int row = unit * kWarps + threadIdx.x / kWarpSize;
+    const int row = unit * BlockWarps(kWarps) + warp;
     if (row < params.rows) CombineRow<T>(params, request, kv_head, row);
+  }
+}
+
+}  // namespace
+
+namespace {
+
+// How many warps make a quarter row (0: one makes a row), so that few of them load more than the
+// 9 splits that a warp has in flight; by the number of splits of a request, on average.
+int WarpsPerQuarterRow(const CombineParams& params) {
+  const int64_t parts = params.schedule.num_parts, batch = params.batch;
+  const int64_t quarters = batch * params.num_kv_heads * params.rows * kColumnBlocks;
+  if (parts > 72 * batch && quarters <= parts) return 16;  // blocks of which an SM holds one
+  return parts > 36 * batch ? 8 : parts > 18 * batch ? 4 : parts > 8 * batch ? 2 : 0;
+}
+
+template <typename T>
+auto KernelFor(int warps) {
+  switch (warps) {
+    case 16:
+      return CombineKernel<T, 16>;
+    case 8:
+      return CombineKernel<T, 8>;
+    case 4:
+      return CombineKernel<T, 4>;
+    case 2:
+      return CombineKernel<T, 2>;
+    default:
+      return CombineKernel<T, 0>;
   }
 }
 
@@ -200,16 +257,15 @@ ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   constexpr const char* kOp = "flash_mla_with_kvcache";
   const int boundaries = params.schedule.num_parts - 1;
   if (boundaries == 0) return ffi::Error::Success();
-  constexpr int kManySplits = 8;  // a request, on average
-  const bool quarter_rows = params.schedule.num_parts > kManySplits * params.batch;
+  const int warps = WarpsPerQuarterRow(params), block_warps = BlockWarps(warps);
   const bool by_request = params.batch <= boundaries;
-  const int units = quarter_rows ? params.rows * kColumnBlocks : CeilDiv(params.rows, kWarps);
+  const int units =
+      CeilDiv(warps == 0 ? params.rows : params.rows * kColumnBlocks * warps, block_warps);
   const int64_t candidates = by_request ? params.batch : boundaries;
   const int64_t blocks = candidates * params.num_kv_heads * units;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
-  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = kThreads},
-                          quarter_rows ? CombineKernel<T, true> : CombineKernel<T, false>, params,
-                          units, by_request);
+  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = block_warps * kWarpSize},
+                          KernelFor<T>(warps), params, units, by_request);
 }
 
 template ffi::Error LaunchCombine<__nv_bfloat16>(const CombineParams&, cudaStream_t);
