@@ -21,8 +21,9 @@
 //   score          | S(n+1)      | softmax n+1 | S(n+2)      | softmax n+2 |
 //   value 0, 1     | rescale     | O(n)        | rescale     | O(n+1)      |
 //
-// The score warpgroup announces P(n) when it has issued S(n+1), so that the tensor cores always
-// have one product queued while softmax runs; if the tile of S(n+1) has not arrived yet, it
+// The score warpgroup announces P(n) when it has issued 3/4 of S(n+1), so that the tensor cores
+// always have one product queued while softmax runs, and S does not have to share them for long:
+// where value multiplies too, S gets a fifth of them. If the tile of S(n+1) has not arrived yet, it
 // announces P(n) at once. Keeping Q in registers makes room for 2.75 tiles in flight and takes a
 // sixth off the shared-memory traffic, which would be the limit otherwise.
 //
@@ -201,10 +202,12 @@ class Planner {
   __device__ __forceinline__ Planner(SharedMemoryPlan<T>& smem, const DecodeParams& params)
       : smem_(smem), params_(params) {}
 
-  __device__ __forceinline__ void Run() {
-    const BlockWork work(params_);
+  __device__ __forceinline__ void Run(const BlockWork& work) {
     int request = work.begin.request, first_tile = work.begin.tile;
     for (int left = work.NumPieces(); left > 0; --left) {
+      // Read beside the length, not after it: one step less until the first load.
+      const int64_t first_page = int64_t{first_tile} * kTileTokens >> params_.page_shift;
+      const int32_t first_id = PageOfLane(request, first_page);
       const Piece piece = MakePiece(work, request, first_tile);
       ++request;
       first_tile = 0;
@@ -214,7 +217,7 @@ class Planner {
         Arrive(&smem_.piece_full[piece_.Slot()]);
       }
       __syncwarp();
-      PlanPages(smem_.pieces[piece_.Slot()]);
+      PlanPages(smem_.pieces[piece_.Slot()], first_id);
       piece_.Advance();
     }
   }
@@ -239,17 +242,23 @@ class Planner {
     return piece;
   }
 
-  // Page ids in batches of one a lane. An id outside the pool becomes -1, which loads zeros.
-  __device__ __forceinline__ void PlanPages(Piece& piece) {
+  // The block-table entry of page first + lane, -1 behind the table.
+  __device__ __forceinline__ int32_t PageOfLane(int request, int64_t first) const {
+    const int64_t page = first + threadIdx.x % kWarpSize;
+    if (page >= params_.max_blocks) return -1;
+    return params_.block_table[int64_t{request} * params_.max_blocks + page];
+  }
+
+  // Page ids in batches of one a lane, of which the first has been read. An id outside the pool
+  // becomes -1, which loads zeros.
+  __device__ __forceinline__ void PlanPages(Piece& piece, int32_t id) {
     const int lane = threadIdx.x % kWarpSize;
-    const int32_t* row =
-        params_.block_table + static_cast<int64_t>(piece.request) * params_.max_blocks;
+    const int first = piece.FirstPage(params_.page_shift);
     const int end = piece.EndPage(params_.page_shift);
-    for (int page = piece.FirstPage(params_.page_shift); page < end; page += kWarpSize) {
-      const bool needed = page + lane < end;
-      int id = needed ? row[page + lane] : -1;
-      const bool outside = needed && (id < 0 || id >= params_.num_blocks);
-      if (outside) id = -1;
+    for (int page = first; page < end; page += kWarpSize) {
+      if (page > first) id = PageOfLane(piece.request, page);
+      const bool outside = page + lane < end && (id < 0 || id >= params_.num_blocks);
+      if (outside || page + lane >= end) id = -1;
       const bool any_outside = __any_sync(kFullWarp, outside);
       Wait(&smem_.pages_empty[pages_.Slot()], pages_.Parity() ^ 1);
       smem_.pages[pages_.Slot()][lane] = id;
@@ -277,8 +286,7 @@ class Loader {
     if constexpr (kClusterSize > 1) turn_ = ClusterRank();
   }
 
-  __device__ __forceinline__ void Run() {
-    const BlockWork work(params_);
+  __device__ __forceinline__ void Run(const BlockWork& work) {
     kv_head_ = work.kv_head;
     const int num_pieces = work.NumPieces();
     for (int i = 0; i < num_pieces; ++i) {
@@ -292,13 +300,17 @@ class Loader {
  private:
   __device__ __forceinline__ void LoadPiece(const BlockWork& work, const Piece& piece) {
     if (piece.num_tiles == 0) return;
+    // Pages that only this cluster reads, once, make room for the partial results of a split
+    // request. Where nothing is split it is slower.
+    const bool read_once = params_.row_tiles <= kClusterSize;
+    policy_ = piece.slot >= 0 && read_once ? kEvictFirst : kEvictNormal;
+    end_ = piece.first_tile + piece.num_tiles;
     LoadRegisterQueries(work.row_tile * kTileRows, piece.request);
     OpenBatch(piece.FirstPage(params_.page_shift));
-    const int end = piece.first_tile + piece.num_tiles;
     LoadTile(piece.first_tile);
     // Behind the first tile: the last piece may still be using it, which holds up no key.
     LoadTailQueries(work.row_tile * kTileRows, piece.request);
-    for (int t = piece.first_tile + 1; t < end; ++t) LoadTile(t);
+    for (int t = piece.first_tile + 1; t < end_; ++t) LoadTile(t);
     CloseBatch();
   }
 
@@ -312,8 +324,8 @@ class Loader {
       ArriveExpectBytes(full, chunks * SmemTile<T>::kBytes);
 #pragma unroll 1
       for (int c = 0; c < chunks; ++c) {
-        TmaLoad4d(&smem_.v[v_.Slot()][c], &q_map_, full, (first + c) * kChunkColumns, row, kv_head_,
-                  request);
+        TmaLoad4d(&smem_.v[v_.Slot()][c], &q_map_, full, kEvictNormal, (first + c) * kChunkColumns,
+                  row, kv_head_, request);
       }
       v_.Advance();
     }
@@ -325,8 +337,8 @@ class Loader {
     ArriveExpectBytes(&smem_.q_full, kTailChunks * SmemTile<T>::kBytes);
 #pragma unroll
     for (int c = 0; c < kTailChunks; ++c) {
-      TmaLoad4d(&smem_.q_tail[c], &q_map_, &smem_.q_full, (kRegisterChunks + c) * kChunkColumns,
-                row, kv_head_, request);
+      TmaLoad4d(&smem_.q_tail[c], &q_map_, &smem_.q_full, kEvictNormal,
+                (kRegisterChunks + c) * kChunkColumns, row, kv_head_, request);
     }
   }
 
@@ -336,14 +348,17 @@ class Loader {
       CloseBatch();
       OpenBatch(page);
     }
-    const int* ids = &smem_.pages[pages_.Slot()][page - (batch_end_ - kWarpSize)];
+    const int* ids = PageIds(page);
     const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+    // Here the arithmetic is the limit and keys must not be late; where the memory is the limit,
+    // more in flight is slower.
+    if constexpr (kClusterSize > 1) PrefetchTile(tile + 1);
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
       Barrier* full = &smem_.v_full[v_.Slot()];
       Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
       ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
-#pragma unroll 1
+#pragma unroll
       for (int c = 0; c < kQuarterChunks; ++c) {
         LoadChunk(&smem_.v[v_.Slot()][c], full, quarter * kQuarterChunks + c, ids, row);
       }
@@ -353,6 +368,32 @@ class Loader {
     ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], SmemTile<T>::kBytes);
     LoadChunk(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1, ids, row);
     rope_.Advance();
+  }
+
+  // This block's share of a tile, as far as the open batch of page ids reaches. Unrolled: the
+  // loader's own time counts here.
+  __device__ __forceinline__ void PrefetchTile(int tile) {
+    const int page = tile * kTileTokens >> params_.page_shift;
+    if (tile >= end_ || page >= batch_end_) return;
+    const int page_tokens = min(1 << params_.page_shift, kTileTokens);
+    const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+    const int* id = PageIds(page);
+#pragma unroll 1
+    for (int j = 0; j < kTileTokens; j += page_tokens) {
+#pragma unroll
+      for (int c = 0; c < kChunks; c += kClusterSize) {
+        const int chunk = c + (turn_ & 1);
+        if (chunk < kChunks) {
+          TmaPrefetch4d(&k_map_, chunk * kChunkColumns, kv_head_, row, *id);
+        }
+      }
+      ++id;
+    }
+  }
+
+  // The ids from that of a page of the open batch on.
+  __device__ __forceinline__ const int* PageIds(int page) const {
+    return &smem_.pages[pages_.Slot()][page - (batch_end_ - kWarpSize)];
   }
 
   // A batch of page ids, the first of which is that of page `page` of the sequence.
@@ -374,9 +415,9 @@ class Loader {
 #pragma unroll 1
     for (int j = 0; j < kTileTokens; j += page_tokens) {
       if constexpr (kClusterSize == 1) {
-        TmaLoad4d(destination, &k_map_, full, chunk * kChunkColumns, kv_head_, row, *ids);
+        TmaLoad4d(destination, &k_map_, full, policy_, chunk * kChunkColumns, kv_head_, row, *ids);
       } else {
-        TmaLoadMulticast4d(destination, &k_map_, full, (1 << kClusterSize) - 1,
+        TmaLoadMulticast4d(destination, &k_map_, full, policy_, (1 << kClusterSize) - 1,
                            chunk * kChunkColumns, kv_head_, row, *ids);
       }
       ++ids;
@@ -387,7 +428,9 @@ class Loader {
   SharedMemoryPlan<T>& smem_;
   const CUtensorMap &q_map_, &k_map_;
   const DecodeParams& params_;
+  CachePolicy policy_;  // for the keys of this piece
   int kv_head_;
+  int end_;  // the tile behind this piece
   uint32_t turn_ = 0, q_parity_ = 0;
   int batch_end_;  // the page of the sequence behind the open batch of page ids
   RingCursor<kPieceSlots> piece_;
@@ -404,8 +447,7 @@ class Scorer {
   __device__ __forceinline__ Scorer(SharedMemoryPlan<T>& smem, const DecodeParams& params)
       : smem_(smem), params_(params) {}
 
-  __device__ __forceinline__ void Run() {
-    const BlockWork work(params_);
+  __device__ __forceinline__ void Run(const BlockWork& work) {
     const int num_pieces = work.NumPieces();
     const int first_row = work.row_tile * kTileRows;
     for (int i = 0; i < num_pieces; ++i) {
@@ -430,11 +472,13 @@ class Scorer {
           MaskFrom(scores, visible[0] - t * kTileTokens, visible[1] - t * kTileTokens);
         }
         float factor[2];
-        softmax.Update(scores, params_.scale_log2, factor);
-        Wait(&smem_.message_empty[message_.Slot()], message_.Parity() ^ 1);
+        softmax.Raise(scores, params_.scale_log2, factor);
         WriteFactors(factor);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) StoreFragment(smem_.p[message_.Slot()], scores, k);
+        for (int k = 0; k < 4; ++k) {
+          softmax.Exponentiate(scores, params_.scale_log2, k);
+          StoreFragment(smem_.p[message_.Slot()], scores, k);
+        }
         FenceAsyncProxy();
         __syncwarp();
         announce_ = true;
@@ -484,17 +528,19 @@ class Scorer {
     __syncwarp();
   }
 
-  // S = Q K^T of the next tile in the ring.
+  // S = Q K^T of the next tile in the ring. On return the message slot for its P is free as well.
   __device__ __forceinline__ void MultiplyQueriesAndKeys(float (&scores)[32]) {
     WgmmaFence();
     MultiplyQuarter<0>(scores);
     MultiplyQuarter<1>(scores);
     MultiplyQuarter<2>(scores);
+    Announce();
     MultiplyQuarter<3>(scores);
     WaitForKeys(&smem_.rope_full[rope_.Slot()], rope_.Parity());
     MultiplyChunk<kChunks - 1>(scores, smem_.rope[rope_.Slot()]);
     WgmmaCommit();
     Announce();
+    Wait(&smem_.message_empty[message_.Slot()], message_.Parity() ^ 1);
     WgmmaWait<0>();
     KeepInRegisters(scores);
     Release<kClusterSize>(&smem_.rope_empty[rope_.Slot()]);
@@ -585,8 +631,7 @@ class ValueAccumulator {
     v_.Advance(index);
   }
 
-  __device__ __forceinline__ void Run() {
-    const BlockWork work(params_);
+  __device__ __forceinline__ void Run(const BlockWork& work) {
     const int num_pieces = work.NumPieces();
     for (int i = 0; i < num_pieces; ++i) {
       Wait(&smem_.message_full[message_.Slot()], message_.Parity());
@@ -738,15 +783,28 @@ class ValueAccumulator {
     }
   }
 
+  // Of two groups of 8 columns an even lane takes the first one and an odd lane the second: 4
+  // neighbouring columns each, 16 bytes, after an exchange with the lane beside.
   __device__ __forceinline__ void WritePartialRow(float* row, int i, float factor, bool store) {
-    if (!store) return;
+    if (!__any_sync(kFullWarp, store)) return;
+    const bool odd = threadIdx.x & 1;
+    row += odd ? 8 + FragmentColumn() - 2 : FragmentColumn();
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-      for (int j = 0; j < kQuarterColumns; j += 8) {
-        const float* e = o_[n] + j / 2 + 2 * i;
-        *reinterpret_cast<float2*>(row + n * 2 * kQuarterColumns + j + FragmentColumn()) =
-            make_float2(Normalised(e[0], factor), Normalised(e[1], factor));
+      for (int j = 0; j < kQuarterColumns; j += 16) {
+        const float* first = o_[n] + j / 2 + 2 * i;
+        const float* second = first + 4;
+        float kept[2], other[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          kept[c] = Normalised(odd ? second[c] : first[c], factor);
+          other[c] = __shfl_xor_sync(kFullWarp, Normalised(odd ? first[c] : second[c], factor), 1);
+        }
+        if (!store) continue;
+        *reinterpret_cast<float4*>(row + n * 2 * kQuarterColumns + j) =
+            odd ? make_float4(other[0], other[1], kept[0], kept[1])
+                : make_float4(kept[0], kept[1], other[0], other[1]);
       }
     }
   }
@@ -802,13 +860,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& smem = *reinterpret_cast<SharedMemoryPlan<T>*>(shared_memory);
   if (threadIdx.x == 0) InitBarriers<T, kClusterSize>(smem);
+  if (threadIdx.x == kWarpSize) {
+    PrefetchTensorMap(&q_map);
+    PrefetchTensorMap(&k_map);
+  }
+  WaitForPriorKernels();
+  const BlockWork work(params);
   if constexpr (kClusterSize > 1) {
     __syncwarp();
     ClusterSync();
   } else {
     __syncthreads();
   }
-  WaitForPriorKernels();
   AllowNextKernel();
 
   const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
@@ -816,17 +879,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     ShrinkRegisters<kLoadRegisters>();
     const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
     if (warp == kPlanWarp) {
-      Planner<T>(smem, params).Run();
+      Planner<T>(smem, params).Run(work);
     } else if (warp == kLoadWarp && IsFirstLane()) {
-      Loader<T, kClusterSize>(smem, q_map, k_map, params).Run();
+      Loader<T, kClusterSize>(smem, q_map, k_map, params).Run(work);
     }
     __syncwarp();
   } else if (warpgroup == kScoreWarpgroup) {
     GrowRegisters<kScoreRegisters>();
-    Scorer<T, kClusterSize>(smem, params).Run();
+    Scorer<T, kClusterSize>(smem, params).Run(work);
   } else {
     GrowRegisters<kValueRegisters>();
-    ValueAccumulator<T, kClusterSize>(smem, params, warpgroup).Run();
+    ValueAccumulator<T, kClusterSize>(smem, params, warpgroup).Run(work);
   }
   // No block of a cluster may leave while another one still writes to its memory.
   if constexpr (kClusterSize > 1) ClusterSync();

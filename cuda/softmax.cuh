@@ -40,37 +40,37 @@ __device__ __forceinline__ void MaskFrom(float (&d)[32], int top, int bottom) {
 // The state of this thread's two rows.
 class OnlineSoftmax {
  public:
-  // Turns scores into weights relative to the row's reference; `factor` is what earlier results
-  // of the row must be multiplied with.
-  __device__ __forceinline__ void Update(float (&d)[32], float scale_log2, float (&factor)[2]) {
-    float largest[2] = {fmaxf(d[0], d[1]), fmaxf(d[2], d[3])};
-#pragma unroll
-    for (int j = 1; j < 8; ++j) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        largest[r] = fmaxf(largest[r], fmaxf(d[4 * j + 2 * r], d[4 * j + 2 * r + 1]));
-      }
-    }
+  // Makes room for the scores of a tile: raises a row's reference if a score exceeds it by too
+  // much. `factor` is what earlier results of the row must be multiplied with.
+  __device__ __forceinline__ void Raise(const float (&d)[32], float scale_log2,
+                                        float (&factor)[2]) {
+    float largest[2] = {fmaxf(PartMax(d, 0, 0), PartMax(d, 0, 1)),
+                        fmaxf(PartMax(d, 1, 0), PartMax(d, 1, 1))};
+    factor[0] = factor[1] = 1.f;
+    const bool exceeds = largest[0] * scale_log2 > reference_[0] + kLag ||
+                         largest[1] * scale_log2 > reference_[1] + kLag;
+    // Most tiles need no maximum over the whole row.
+    if (!__any_sync(sm90::kFullWarp, exceeds)) return;
     sm90::QuadMax(largest);
-    float subtract[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float scaled = largest[r] * scale_log2;
       // Also at the first key: -inf + kLag is -inf.
-      const float raised = scaled > reference_[r] + kLag ? scaled : reference_[r];
-      subtract[r] = raised == -INFINITY ? 0.f : raised;
-      factor[r] = raised == reference_[r] ? 1.f : Exp2(reference_[r] - raised);
-      reference_[r] = raised;
+      if (!(scaled > reference_[r] + kLag)) continue;
+      factor[r] = Exp2(reference_[r] - scaled);
       sum_[r] *= factor[r];
+      reference_[r] = scaled;
     }
+  }
+
+  // Turns the scores of columns 16k .. 16k + 15 into weights relative to the references.
+  __device__ __forceinline__ void Exponentiate(float (&d)[32], float scale_log2, int k) {
+    const float subtract[2] = {Finite(reference_[0]), Finite(reference_[1])};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = d[4 * j + i];
-        x = Exp2(fmaf(x, scale_log2, -subtract[i / 2]));
-        sum_[i / 2] += x;
-      }
+    for (int i = 0; i < 8; ++i) {
+      float& x = d[8 * k + i];
+      x = Exp2(fmaf(x, scale_log2, -subtract[i / 2 % 2]));
+      sum_[i / 2 % 2] += x;
     }
   }
 
@@ -87,6 +87,21 @@ class OnlineSoftmax {
 
  private:
   static constexpr float kLag = 8.f;
+
+  // A row that has seen no key yet has -inf, and -inf - -inf is NaN.
+  __device__ __forceinline__ static float Finite(float reference) {
+    return reference == -INFINITY ? 0.f : reference;
+  }
+  // The maximum of every other pair of columns of row `r`, in a chain of its own.
+  __device__ __forceinline__ static float PartMax(const float (&d)[32], int r, int part) {
+    float x = fmaxf(d[4 * part + 2 * r], d[4 * part + 2 * r + 1]);
+#pragma unroll
+    for (int j = part + 2; j < 8; j += 2) {
+      x = fmaxf(x, fmaxf(d[4 * j + 2 * r], d[4 * j + 2 * r + 1]));
+    }
+    return x;
+  }
+
   float reference_[2] = {-INFINITY, -INFINITY};  // in base 2, scaled
   float sum_[2] = {0.f, 0.f};                    // of this thread's columns
 };

@@ -43,7 +43,7 @@ inline ffi::Error EncodeTensorMap(const TensorBoxes& tensor, CUtensorMap* map) {
       encode(map, tensor.type, tensor.shape.size(), const_cast<void*>(tensor.data),
              tensor.shape.data(), strides.data(), tensor.box.data(), element_strides.data(),
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status == CUDA_SUCCESS) return ffi::Error::Success();
   return ffi::Error::Internal("jax_flashmla: cuTensorMapEncodeTiled failed with CUresult " +
                               std::to_string(static_cast<int>(status)));

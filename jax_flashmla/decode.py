@@ -42,7 +42,7 @@ def flash_mla_with_kvcache(
       k_cache: [num_blocks, page_block_size, h_kv, d_k] in q's dtype; h_kv divides h_q. Unused
         slots may hold anything, NaN too.
       block_table: i32 [b, max_blocks], the pages of each sequence in order. Entries beyond a
-        sequence's last page are never read.
+        sequence's last page are never used.
       cache_seqlens: i32 [b], tokens of each sequence, those of q included.
       head_dim_v: d_v, at most d_k.
       tile_scheduler_metadata, num_splits: the schedule from `get_mla_metadata`, made once a step

@@ -152,7 +152,8 @@ __global__ void TmaLoadKernel(const __grid_constant__ CUtensorMap map, int4 at, 
   if (threadIdx.x == 0) {
     ArriveExpectBytes(&full, tile.kBytes);
     for (int row = 0; row < kSide; row += box_rows) {
-      TmaLoad4d(tile.data + row * kSide, &map, &full, at.x, at.y, at.z, at.w + row / box_rows);
+      TmaLoad4d(tile.data + row * kSide, &map, &full, kEvictNormal, at.x, at.y, at.z,
+                at.w + row / box_rows);
     }
   }
   Wait(&full, 0);
@@ -177,8 +178,8 @@ __global__ void MulticastKernel(const __grid_constant__ CUtensorMap map, int rou
     if (threadIdx.x == 0) {
       Wait(&empty, (round & 1) ^ 1);
       ArriveExpectBytes(&full, tile.kBytes);
-      TmaLoadMulticast4d(tile.data + row * kSide, &map, &full, (1 << kBlocks) - 1, 0, 0, row,
-                         (round * gridDim.x + blockIdx.x) / kBlocks);
+      TmaLoadMulticast4d(tile.data + row * kSide, &map, &full, kEvictNormal, (1 << kBlocks) - 1, 0,
+                         0, row, (round * gridDim.x + blockIdx.x) / kBlocks);
     }
     Wait(&full, round & 1);
     ReadTile(tile, out + (round * gridDim.x + blockIdx.x) * kSide * kSide);
@@ -300,7 +301,9 @@ __global__ void SoftmaxKernel(float* scores, const int32_t* visible, float scale
     float d[32];
     ReadAccumulator(scores + t * kSide * kSide, d);
     MaskFrom(d, top - t * kSide, bottom - t * kSide);
-    softmax.Update(d, scale * kLog2e, factor);
+    softmax.Raise(d, scale * kLog2e, factor);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) softmax.Exponentiate(d, scale * kLog2e, k);
     WriteAccumulator(scores + t * kSide * kSide, d);
     WriteRowValues(factors + t * kSide, factor);
   }
