@@ -15,8 +15,8 @@ def decode_cost(
 ) -> dict[str, float]:
     """The work of one call of `flash_mla_with_kvcache`, under the names that XLA gives it.
 
-    XLA counts nothing for a custom call, so that `cost_analysis()` of a program with the kernel
-    lacks it: add this to it, once for each call. It is the least that the call has to do, each
+    To XLA the cost of a custom call is unknown, so that `cost_analysis()` of a program leaves the
+    kernel out: add this to it, once for each call. It is the least that the call has to do, each
     operand and result moved once; not the kernel's padding of query rows, nor its partial results.
 
     Args:
