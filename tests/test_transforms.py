@@ -252,6 +252,8 @@ def test_vmap_is_one_call_of_each_kernel():
     assert {target: len(lines) for target, lines in calls.items()} == {DECODE: 1, SCHEDULE: 1}
     assert "tensor<12x1x16x576xbf16>" in calls[DECODE][0]
     assert "tensor<100x64x1x576xbf16>" in calls[DECODE][0]
+    (lengths,) = re.findall(r"^\((%\w+)\)", calls[SCHEDULE][0])  # the schedule is for these
+    assert re.match(rf"\(%\w+, %\w+, %\w+, {lengths}, (%\w+)#0, \1#1, \1#2[,)]", calls[DECODE][0])
 
 
 PASSED_ON = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
@@ -991,7 +993,7 @@ def test_xla_counts_no_flops_for_the_kernel():
     arrays, after = serve_inputs(2, 10, 4)
     analysis = jax.jit(serve_for("cuda")).lower(*arrays).compile().cost_analysis()
     ours = fm.decode_cost(arrays[0], arrays[2], after.cache_seqlens, D_V)
-    assert analysis.get("flops", 0) < 0.01 * ours["flops"]
+    assert (analysis or {}).get("flops", 0) < 0.01 * ours["flops"]
 
 
 @pytest.mark.parametrize(
