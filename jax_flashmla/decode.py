@@ -144,8 +144,15 @@ def _check_metadata(metadata, num_splits, b, rows, h_kv):
                 f"{what}; make it with get_mla_metadata(cache_seqlens, {rows}, {h_kv}) for the "
                 f"{b} sequences of this call"
             )
-    check_array("num_splits", num_splits, "b+1", (jnp.int32,))
-    check_axis("num_splits", num_splits, 0, b + 1, "one more than the batch of q")
+    for name, x, axes, shape in (
+        ("tile_scheduler_metadata.part_bounds", metadata.part_bounds, "parts+1 2",
+         (metadata.num_parts + 1, 2)),
+        ("tile_scheduler_metadata.first_part", metadata.first_part, "b", (b,)),
+        ("num_splits", num_splits, "b+1", (b + 1,)),
+    ):  # fmt: skip
+        check_array(name, x, axes, (jnp.int32,))
+        for axis, size in enumerate(shape):
+            check_axis(name, x, axis, size, "as get_mla_metadata made it for this batch")
 
 
 def _result_types(

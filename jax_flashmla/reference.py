@@ -28,6 +28,7 @@ _COST_LIMIT = 2**30  # the sum of all costs stays below, so that int32 serves th
 # What decode reads at a time: enough to keep a machine busy, and a bound on temporary memory.
 _CHUNK_TOKENS = 1024  # of each sequence
 _CHUNK_ELEMENTS = 2**25  # of K in float32
+_SYMBOLIC_BATCH = 128  # what a batch counts for in that bound where jax.export leaves it open
 
 
 def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ...]:
@@ -67,7 +68,8 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     )
 
     cut = jnp.arange(num_parts + 1, dtype=jnp.int32) * payload
-    request = jnp.searchsorted(end, cut, side="right").astype(jnp.int32)
+    # Comparing with every end is a search that also serves a symbolic batch (jax.export).
+    request = jnp.sum(end[None] <= cut[:, None], axis=1, dtype=jnp.int32)
     tile = cut - start[jnp.minimum(request, b - 1)] - REQUEST_OVERHEAD
     behind = (request == b) | (jnp.arange(num_parts + 1) == num_parts)
     part_bounds = jnp.stack(
@@ -91,6 +93,11 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
 def _ceil_div(x, divisor):
     """Without the sum that could overflow."""
     return x // divisor + (x % divisor > 0).astype(x.dtype)
+
+
+def _size(dim, otherwise: int) -> int:
+    """A dimension where it is known, `otherwise` where it is symbolic."""
+    return dim if isinstance(dim, int) else otherwise
 
 
 def decode(
@@ -169,8 +176,9 @@ def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
     mb = page_ids.shape[1]
     if mb == 0 or k_cache.shape[0] == 0:
         return jnp.zeros_like(q[..., :head_dim_v]), jnp.full_like(q[..., 0], jnp.inf)
-    elements = b * page * h_kv * d_k  # of one page of each sequence
-    step = max(1, min(mb, _CHUNK_TOKENS // page, _CHUNK_ELEMENTS // elements))  # pages a chunk
+    elements = _size(b, _SYMBOLIC_BATCH) * page * h_kv * d_k  # of one page of each sequence
+    step = min(_CHUNK_TOKENS // page, _CHUNK_ELEMENTS // elements)  # pages a chunk
+    step = max(1, min(_size(mb, step), step))
 
     def attend_chunk(i, state):
         maximum, total, acc = state

@@ -329,59 +329,6 @@ def test_eager_calls_compile_once():
     assert [event for event in events if "compile" in event], "the listener hears nothing"
 
 
-def test_primitives_stand_in_jaxprs_by_name():
-    inputs = cases.make_inputs(Case(2, 1, 37, 5))
-    jaxpr = jax.make_jaxpr(lambda *args: fm.flash_mla_with_kvcache(*args, D_V))(
-        *inputs.device_arrays()
-    )
-    names = [eqn.primitive.name for eqn in jaxpr.eqns]
-    assert names == ["get_mla_metadata", "flash_mla_with_kvcache"]
-
-
-def test_derivative_raises():
-    q, *rest = cases.make_inputs(Case(1, 1, 10, 2)).device_arrays()
-
-    def loss(q):
-        return fm.flash_mla_with_kvcache(q, *rest, D_V)[1].sum()
-
-    with pytest.raises(NotImplementedError, match="flash_mla_with_kvcache is an inference op"):
-        jax.grad(loss)(q)
-    assert jax.grad(lambda q: loss(jax.lax.stop_gradient(q)))(q).shape == q.shape
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["metadata-made", "metadata-given"])
-@pytest.mark.parametrize("in_axes", [(0, None, 0, 0), (1, None, None, None), (None, 0, 0, None)])
-def test_vmap_folds_into_the_batch(in_axes, given, implementation):
-    many = [cases.make_inputs(Case(2, 2, 60, 8, seed=i), lengths=[60, 70 * i]) for i in range(3)]
-    pages = max(len(m.k_cache) for m in many)
-    width = max(m.block_table.shape[1] for m in many)
-    columns = []
-    for name, axis in zip(("q", "k_cache", "block_table", "cache_seqlens"), in_axes, strict=True):
-        arrays = [getattr(m, name) for m in many]
-        if name == "k_cache":
-            arrays = [np.pad(a, [(0, pages - len(a))] + [(0, 0)] * 3) for a in arrays]
-        if name == "block_table":
-            fill = {"constant_values": UNUSED_ENTRY}
-            arrays = [np.pad(a, [(0, 0), (0, width - a.shape[1])], **fill) for a in arrays]
-        columns.append([arrays[0]] * 3 if axis is None else arrays)
-    many = [cases.Inputs(*row) for row in zip(*columns, strict=True)]
-    stacked = [
-        jnp.asarray(column[0] if axis is None else np.stack(column, axis))
-        for column, axis in zip(columns, in_axes, strict=True)
-    ]
-
-    def call(q, k_cache, block_table, lengths):
-        arrays = (q, k_cache, block_table, lengths)
-        metadata = (None, None)
-        if given:
-            metadata = fm.get_mla_metadata(lengths, 16, 1, implementation=implementation)
-        return fm.flash_mla_with_kvcache(*arrays, D_V, *metadata, implementation=implementation)
-
-    out, lse = jax.jit(jax.vmap(call, in_axes))(*stacked)
-    for i, inputs in enumerate(many):
-        cases.assert_decode_close((out[i], lse[i]), cases.expected_decode(inputs))
-
-
 def test_under_strict_configurations(implementation):
     """Models may run with 64-bit types, or with implicit promotions forbidden."""
     inputs = cases.make_inputs(Case(3, 2, 100, 4, 2, varlen=True, causal=True))
