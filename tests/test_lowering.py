@@ -94,6 +94,22 @@ def test_decode_text(implementation):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_causal_offset_text(s_q):
+    """It is one more operand, and with it the mask counts for one query too."""
+
+    def f(*args):
+        return decode(*args[:4], causal=True, causal_offset=args[4])
+
+    text = text_for_cuda(f, *decode_structs(s_q=s_q), struct((4,), jnp.int32))
+    (line,) = custom_calls(text)[DECODE]
+    assert "causal = true" in line
+    operands = re.findall(r"tensor<(\S+)>", line.split(" : ")[-1].split(" -> ")[0])
+    assert len(operands) == 8
+    assert operands[-1] == "4xi32"
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("s_q", "h_kv"), [(1, 1), (4, 1), (1, 8), (2, 2)])
 def test_layout_of_the_queries(s_q, h_kv):
     """The kernel's layout is a reshape of the caller's but for several KV heads and queries."""
