@@ -168,7 +168,7 @@ def _check_metadata(metadata, num_splits, b, rows, h_kv):
             raise ValueError(
                 f"tile_scheduler_metadata was made for {field}={theirs}, but this call has {ours} "
                 f"{what}; make it with get_mla_metadata(cache_seqlens, {rows}, {h_kv}) for the "
-                f"{b} sequences of this call"
+                f"{b} sequences of this call, in jax.shard_map from the device's own lengths"
             )
     check_array("num_splits", num_splits, "b+1", (jnp.int32,))
     check_axis("num_splits", num_splits, 0, b + 1, "one more than the batch of q")

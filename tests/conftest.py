@@ -39,3 +39,17 @@ def pytest_runtest_setup(item):
 def implementation(request) -> str:
     """The reference everywhere, the kernel on a GPU."""
     return request.param
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Lets programs be lowered with kernels that were not built."""
+    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(_ffi, "other_device", lambda: None)
+
+
+@pytest.fixture
+def compiled_kernels():
+    """XLA compiles only calls of handlers that are registered."""
+    if _ffi._NOT_REGISTERED is not None:
+        pytest.skip(_ffi._NOT_REGISTERED)
