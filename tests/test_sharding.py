@@ -1,6 +1,9 @@
 """Several devices: results in jax.shard_map, what XLA makes of it for H200s, misuse."""
 
+import functools
 import re
+from pathlib import Path
+from unittest import mock
 
 import cases
 import jax
@@ -144,6 +147,52 @@ def test_merge_across_stays_split_over_other_axes():
     jax.eval_shape(f(P("y")), *structs)
     with pytest.raises(ValueError, match="replicat"):
         jax.eval_shape(f(P()), *structs)
+
+
+# The snippets of docs/parallelism.md.
+
+
+@functools.cache
+def docs():
+    """What the snippets define, on meshes of 8 CPU devices."""
+    text = Path(__file__).parents[1].joinpath("docs/parallelism.md").read_text(encoding="utf-8")
+    names = {}
+    on_cpus = functools.partial(jax.make_mesh, devices=jax.devices("cpu"))
+    with mock.patch.object(jax, "make_mesh", on_cpus):  # where there are GPUs, too
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(code, names)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["data", "tensor"])
+def test_snippets(kind):
+    inputs = make_inputs()
+    split = split_pages(inputs, 8 if kind == "data" else 1, 1)
+    mesh, specs, f = (docs()[f"{kind}_{name}"] for name in ("mesh", "specs", "parallel"))
+    actual = f(*docs()["place"](mesh, specs, *split.device_arrays()))
+    cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
+
+
+@pytest.mark.parametrize(("kind", "data", "context"), [("context", 1, 8), ("all", 2, 2)])
+def test_snippets_that_append(kind, data, context):
+    """The cache comes without the new tokens, which are NaN in it, and must end with them."""
+    lengths = [258, 130, 4, 65, 512, 257, 385, 66]
+    s_q, page = 4, 64
+    inputs = make_inputs(s_q, lengths)
+    full = split_pages(inputs, data, context)
+    positions = np.array(lengths)[:, None] - s_q + np.arange(s_q)
+    pages = np.take_along_axis(inputs.block_table, positions // page, axis=1)
+    new_kv = inputs.k_cache[pages, positions % page, 0]  # [b, s_q, d_k]
+    without = inputs.replace(k_cache=inputs.k_cache.copy())
+    without.k_cache[pages, positions % page] = np.nan
+    q, k_cache, table, seqlens = split_pages(without, data, context).device_arrays()
+
+    mesh, specs, f = (docs()[f"{kind}_{name}"] for name in ("mesh", "specs", "parallel"))
+    *actual, k_cache = f(
+        *docs()["place"](mesh, specs, q, jnp.asarray(new_kv), k_cache, table, seqlens)
+    )
+    cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
+    np.testing.assert_array_equal(np.asarray(k_cache, np.float32), full.k_cache.astype(np.float32))
 
 
 # The types of results.
