@@ -1,7 +1,11 @@
 """Several devices: results in jax.shard_map, what XLA makes of it for H200s, misuse."""
 
 import functools
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +32,7 @@ from lowering import (
 from sharded import Split, on_mesh, run, split_pages
 
 import jax_flashmla as fm
+from jax_flashmla import _ffi
 
 BOTH_TYPES = pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=str)
 # Tokens of each sequence: some end among the pages of a device, some, with 4 queries, so early in
@@ -35,9 +40,9 @@ BOTH_TYPES = pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit]
 LENGTHS = [258, 130, 0, 3, 512, 257, 385, 64]
 
 
-def make_inputs(s_q=4, lengths=LENGTHS, h_q=8, **options):
-    return cases.make_inputs(Case(len(lengths), s_q, 0, h_q, **options), lengths=lengths,
-                             max_blocks=8)  # fmt: skip
+def make_inputs(s_q=4, lengths=LENGTHS, h_q=8, max_blocks=8, **options):
+    case = Case(len(lengths), s_q, 0, h_q, **options)
+    return cases.make_inputs(case, lengths=lengths, max_blocks=max_blocks)
 
 
 def check(inputs, split, mesh, implementation="xla"):
@@ -149,6 +154,30 @@ def test_merge_across_stays_split_over_other_axes():
         jax.eval_shape(f(P()), *structs)
 
 
+def gpu_mesh(sizes, names):
+    gpus, needed = _ffi.local_cuda_devices(), int(np.prod(sizes))
+    if len(gpus) < needed:
+        pytest.skip(f"needs {needed} GPUs, there are {len(gpus)}")
+    return jax.sharding.Mesh(np.array(gpus[:needed]).reshape(sizes), names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_on_a_mesh_of_one_gpu(s_q):
+    mesh = gpu_mesh((1, 1, 1), ("x", "y", "z"))
+    check(make_inputs(s_q, h_q=128), Split(("x",), ("y",), ("z",)), mesh, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("s_q", [1, 4])
+@pytest.mark.parametrize("kind", ["data", "tensor", "context"])
+def test_on_two_gpus(kind, s_q):
+    """A long sequence, and one whose new tokens lie on both devices where there are 4 of them."""
+    mesh = gpu_mesh((2,), ("x",))
+    inputs = make_inputs(s_q, [131072, 65538], h_q=128, max_blocks=2048)
+    check(inputs, Split(**{kind: ("x",)}), mesh, "cuda")
+
+
 # The snippets of docs/parallelism.md.
 
 
@@ -193,6 +222,45 @@ def test_snippets_that_append(kind, data, context):
     )
     cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
     np.testing.assert_array_equal(np.asarray(k_cache, np.float32), full.k_cache.astype(np.float32))
+
+
+# Several processes.
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run_processes(count, out):
+    """What process 0 of `count` has written."""
+    script, port = Path(__file__).with_name("two_processes.py"), free_port()
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, str(port), str(process), str(count), str(out)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for process in range(count)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * count, "\n".join(outputs)
+    return np.load(out)
+
+
+def test_two_processes(tmp_path):
+    """Of two devices each, joined by jax.distributed: as one process with all four."""
+    one, two = (run_processes(count, tmp_path / f"{count}.npz") for count in (1, 2))
+    assert one["owners"].tolist() == [[0, 0], [0, 0]]
+    assert two["owners"].tolist() == [[0, 0], [1, 1]]
+    assert np.isfinite(one["out"]).all()
+    for name in ("out", "lse"):
+        np.testing.assert_array_equal(one[name], two[name])
 
 
 # The types of results.
