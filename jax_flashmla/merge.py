@@ -64,10 +64,10 @@ def merge_attention_states_across(
     not name the axis accepts them.
 
     One collective: an all-gather of out, in its own dtype, with lse's bits beside it. Each device
-    receives (n - 1) * b * s_q * h_q * (d_v * itemsize + 4) bytes from the n devices. An all-reduce
-    of weighted sums would move fewer from n = 5 on (for 16-bit outs), but needs the largest lse
-    first, a second collective that it waits for; at the sizes of a decode step what counts is
-    how often devices wait for one another.
+    receives b * s_q * h_q * (d_v * itemsize + 4) bytes from each of the n - 1 others. An all-reduce
+    of weighted sums in float32 would move fewer from n = 4 on (for 16-bit outs), but needs the
+    largest lse first, a second collective that it waits for; at the sizes of a decode step what
+    counts is how often devices wait for one another.
 
     Args:
       out: [b, s_q, h_q, d_v], bf16, fp16 or f32, the attention over this device's keys.
