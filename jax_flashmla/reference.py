@@ -105,6 +105,7 @@ def decode(
     k_cache: jax.Array,
     block_table: jax.Array,
     cache_seqlens: jax.Array,
+    causal_offset: jax.Array | None = None,
     *,
     head_dim_v: int,
     softmax_scale: float,
@@ -120,6 +121,7 @@ def decode(
       k_cache: [pages, page, h_kv, d_k], in q's dtype.
       block_table: i32 [b, mb].
       cache_seqlens: i32 [b].
+      causal_offset: i32 [b], or None for 0.
 
     Returns:
       out [b, s_q, h_q, head_dim_v] in q's dtype and lse f32 [b, h_q, s_q].
@@ -137,6 +139,8 @@ def decode(
     visible = jnp.broadcast_to(length[:, None], (b, s_q))  # tokens that each query sees
     if causal:
         visible = visible + (jnp.arange(s_q, dtype=jnp.int32) - (s_q - 1))[None]
+        if causal_offset is not None:
+            visible = _add_offset(visible, causal_offset[:, None], length[:, None])
 
     out, lse = _attend(
         _rows_by_kv_head(q, h_kv).astype(jnp.float32) * softmax_scale,
@@ -151,6 +155,11 @@ def decode(
     out = out.reshape(b, h_kv, s_q, -1, head_dim_v).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(b, h_kv, s_q, -1).transpose(0, 1, 3, 2)
     return out.reshape(b, s_q, h_q, head_dim_v).astype(q.dtype), lse.reshape(b, h_q, s_q)
+
+
+def _add_offset(visible, offset, length):
+    """visible + offset within [0, length], for visible <= length, without an int32 overflow."""
+    return jnp.maximum(visible + jnp.clip(offset, -length, length - visible), 0)
 
 
 def _rows_by_kv_head(q, h_kv):

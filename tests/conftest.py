@@ -8,12 +8,10 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
+import lowering
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flashmla import _ffi
@@ -55,16 +53,11 @@ def kernels(monkeypatch):
 @pytest.fixture(scope="session")
 def h200():
     """A sharding on one H200 that is not there."""
-    if importlib.util.find_spec("jax_plugins") is None or (
-        importlib.util.find_spec("jax_plugins.xla_cuda13") is None
-    ):
-        pytest.skip("needs the jax-cuda13-plugin package")
-    config = Path(__file__).with_name("h200_target_config.pbtxt").read_text(encoding="utf-8")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    return NamedSharding(lowering.h200_mesh((1,), ("x",)), PartitionSpec())
 
 
 @pytest.fixture
 def compiled_kernels():
+    """XLA compiles only calls of handlers that are registered."""
     if _ffi._NOT_REGISTERED is not None:
         pytest.skip(_ffi._NOT_REGISTERED)

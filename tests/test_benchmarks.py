@@ -128,6 +128,20 @@ def test_the_benchmark_runs_and_is_reported(tmp_path):
     assert (docs / "performance.svg").stat().st_size > 1000
 
 
+def test_the_benchmark_of_two_devices_runs(tmp_path):
+    results = tmp_path / "x2.json"
+    command = [sys.executable, BENCHMARKS / "parallel.py", "--smoke", "--out", results]
+    shown = subprocess.run(command, check=True, capture_output=True, timeout=300, text=True).stdout
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["data", "tensor", "context"]
+    for row in rows:
+        assert row["rel_err"] < 5e-3
+        assert row["speedup"] == pytest.approx(row["one_us"] / row["two_us"], abs=2e-3)
+        assert f"{row['speedup']:.2f}x" in shown
+    exchanged = 2 * 2 * 2 * (512 * 2 + 4)  # rows of 512 columns in bf16, and a float32
+    assert [row["exchanged_bytes"] for row in rows] == [0, 0, exchanged]
+
+
 def test_the_readme_quotes_the_results():
     """Each cell of the README's table is `us (share of the floor, ratio)` of a measured row."""
     results = json.loads((BENCHMARKS / "results/h200.json").read_text())

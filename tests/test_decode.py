@@ -262,6 +262,80 @@ def test_more_queries_than_tokens(h_q, implementation):
     assert np.isfinite(lse[0, :, 5]).all()
 
 
+# The offset of the causal mask.
+
+INT32 = np.iinfo(np.int32)
+OFFSETS = (0, 1, 3, 4, -1, -60, -65, -129, -130, -131, 1000, -1000, INT32.max, INT32.min)
+
+
+@pytest.mark.parametrize("h_q", [3, 128])
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_causal_offset(s_q, h_q, implementation):
+    """Offsets that hide keys and show more, up to all; 131 tokens are three tiles."""
+    inputs = cases.make_inputs(Case(len(OFFSETS), s_q, 131, h_q))
+    offset = np.array(OFFSETS, np.int32)
+    out, lse = check(inputs, implementation, causal=True, causal_offset=jnp.asarray(offset))
+    for hidden in (-1000, INT32.min):
+        row = OFFSETS.index(hidden)
+        assert (out[row] == 0).all()
+        assert (lse[row] == np.inf).all()
+    unmasked = decode(inputs, implementation)  # what all queries see without a mask
+    for seen in (4, 1000, INT32.max):
+        row = OFFSETS.index(seen)
+        cases.assert_close("lse", lse[row], unmasked[1][row], atol=1e-6, rtol=1e-5)
+
+
+def test_causal_offset_of_ragged_sequences(implementation):
+    """Empty, short, long, split over several parts and invalid sequences."""
+    lengths = [0, 1, 2, 64, 65, 700, 3000, 10]
+    inputs = cases.make_inputs(Case(len(lengths), 4, 0, 16, 2), lengths=lengths)
+    inputs.block_table[4, 1] = -1
+    inputs.cache_seqlens[7] = INT32.max  # more than the table holds
+    for offset in ([3, -1, 2, 2, 5, -80, -2950, 1], [-3, 1, -1, -64, -5, 1, 2, INT32.min]):
+        offset = np.array(offset, np.int32)
+        out, _ = check(inputs, implementation, causal=True, causal_offset=jnp.asarray(offset))
+        assert np.isnan(out[[4, 7]].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_parts_of_a_sequence_join_to_the_whole(s_q, implementation):
+    """Runs of pages, one of which ends among the new tokens themselves."""
+    inputs = cases.make_inputs(Case(5, s_q, 0, 8), lengths=[130, 128, 126, 3, 191], max_blocks=4)
+    capacity = 64  # a page a part
+    outs, lses = [], []
+    for part in range(4):
+        left = inputs.cache_seqlens - part * capacity
+        local = np.clip(left, 0, capacity)
+        part_of = inputs.replace(
+            block_table=inputs.block_table[:, part : part + 1], cache_seqlens=local
+        )
+        out, lse = check(part_of, implementation, causal=True, causal_offset=left - local)
+        outs.append(out)
+        lses.append(lse)
+    actual = fm.merge_attention_states(np.stack(outs), np.stack(lses))
+    cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_vmap_of_a_causal_offset(axis, implementation):
+    inputs = cases.make_inputs(Case(3, 2, 100, 8))
+    offsets = np.array([[0, -7, 1], [-70, 5, -1]], np.int32)
+    mapped = offsets[0] if axis is None else np.moveaxis(offsets, 0, axis)
+
+    def call(q, offset):
+        _, *rest = inputs.device_arrays()
+        return fm.flash_mla_with_kvcache(
+            q, *rest, D_V, causal=True, causal_offset=offset, implementation=implementation
+        )
+
+    qs = np.stack([inputs.q, inputs.q[::-1]])
+    out, lse = jax.vmap(call, (0, axis))(jnp.asarray(qs), jnp.asarray(mapped))
+    for i in range(2):
+        offset = offsets[0 if axis is None else i]
+        expected = cases.expected_decode(inputs.replace(q=qs[i]), causal=True, causal_offset=offset)
+        cases.assert_decode_close((out[i], lse[i]), expected)
+
+
 # What only the device can see.
 
 
@@ -402,6 +476,14 @@ def schedule_for(b=2, rows=4, h_kv=1):
         ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a static Python number"),
         ({"softmax_scale": jnp.float32(1)}, TypeError, "softmax_scale must be a static Python"),
         ({"causal": 1}, TypeError, "causal must be a static Python bool, got 1"),
+        (
+            {"causal_offset": jnp.ones(3, jnp.int32), "causal": True},
+            ValueError,
+            "causal_offset .*must be 2",
+        ),
+        ({"causal_offset": jnp.ones(2), "causal": True}, TypeError, "causal_offset .*got float32"),
+        ({"causal_offset": 1, "causal": True}, ValueError, r"causal_offset must have shape \[b\]"),
+        ({"causal_offset": jnp.ones(2, jnp.int32)}, ValueError, "pass causal=True"),
         ({"implementation": "triton"}, ValueError, "implementation must be one of .*'triton'"),
         ({"num_splits": jnp.zeros(3, jnp.int32)}, ValueError, "None for tile_scheduler_metadata"),
         ({"tile_scheduler_metadata": schedule_for()[0]}, ValueError, "None for num_splits"),

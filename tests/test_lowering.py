@@ -8,46 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from cases import D_K, D_V
+from lowering import (
+    APPEND,
+    DECODE,
+    SCHEDULE,
+    custom_calls,
+    decode,
+    decode_structs,
+    struct,
+    text_for_cuda,
+)
 
 import jax_flashmla as fm
 from jax_flashmla import _ffi, _primitive
-
-D_K, D_V = 576, 512
-DECODE, SCHEDULE, APPEND = (
-    f"jax_flashmla_{name}" for name in ("dense_decode", "tile_scheduler", "append_kv")
-)
-
-
-def struct(shape, dtype=jnp.bfloat16, **options):
-    return jax.ShapeDtypeStruct(shape, dtype, **options)
-
-
-def decode_structs(b=4, s_q=1, h_q=16, h_kv=1, *, d_k=D_K, page=64, dtype=jnp.bfloat16):
-    return (
-        struct((b, s_q, h_q, d_k), dtype),
-        struct((100, page, h_kv, d_k), dtype),
-        struct((b, 10), jnp.int32),
-        struct((b,), jnp.int32),
-    )
-
-
-def decode(*args, d_v=D_V, **options):
-    return fm.flash_mla_with_kvcache(*args, d_v, **options)
-
-
-def text_for_cuda(function, *structs):
-    fresh = jax.jit(lambda *args: function(*args))  # JAX remembers how it lowered a function
-    return fresh.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def custom_calls(text):
-    """The lines of our custom calls, by target."""
-    lines = re.findall(r"^.*stablehlo\.custom_call @(jax_flashmla_\w+)(.*)$", text, re.MULTILINE)
-    targets = {target for target, _ in lines}
-    return {target: [rest for t, rest in lines if t == target] for target in targets}
-
 
 # Level 2: the text.
 
@@ -81,6 +55,22 @@ def test_decode_text(implementation):
         f"{2 * parts}x1x256x512xf32",
         f"{2 * parts}x1x256xf32",
     ]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_causal_offset_text(s_q):
+    """It is one more operand, and with it the mask counts for one query too."""
+
+    def f(*args):
+        return decode(*args[:4], causal=True, causal_offset=args[4])
+
+    text = text_for_cuda(f, *decode_structs(s_q=s_q), struct((4,), jnp.int32))
+    (line,) = custom_calls(text)[DECODE]
+    assert "causal = true" in line
+    operands = re.findall(r"tensor<(\S+)>", line.split(" : ")[-1].split(" -> ")[0])
+    assert len(operands) == 8
+    assert operands[-1] == "4xi32"
 
 
 @pytest.mark.usefixtures("kernels")
@@ -217,83 +207,6 @@ def test_extension_for_a_newer_jaxlib(monkeypatch):
     )
     monkeypatch.setattr(_ffi, "_C", extension)
     assert re.search(r"compiled for XLA FFI .*the installed jaxlib .* has", _ffi._register())
-
-
-# Several devices.
-
-
-def devices(*sizes, types=AxisType.Auto):
-    count = int(np.prod(sizes))
-    cpus = np.array(jax.devices("cpu")[:count]).reshape(sizes)
-    return jax.sharding.Mesh(cpus, tuple("xy")[: len(sizes)], axis_types=(types,) * len(sizes))
-
-
-def placed(structs, mesh, *specs):
-    return [
-        struct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-        for x, spec in zip(structs, specs, strict=True)
-    ]
-
-
-@pytest.mark.usefixtures("kernels")
-def test_jit_over_several_devices_raises():
-    mesh = devices(2)
-    structs = placed(decode_structs(), mesh, P("x"), P(), P("x"), P("x"))
-    with pytest.raises(NotImplementedError, match=r"jit over 2 devices, outside jax\.shard_map"):
-        text_for_cuda(decode, *structs)
-    text_for_cuda(lambda *a: decode(*a, implementation="xla"), *structs)
-
-
-@pytest.mark.usefixtures("kernels")
-def test_partly_manual_shard_map_raises():
-    mesh = devices(2, 2)
-    specs = P("x"), P(), P("x"), P("x")
-    f = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=P("x"), axis_names={"x"})
-    structs = placed(decode_structs(), mesh, *specs)
-    with pytest.raises(NotImplementedError, match=r"leaves the mesh axes \{'y': 2\} to XLA"):
-        text_for_cuda(f, *structs)
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
-def test_shard_map(types):
-    mesh = devices(2, 2, types=types)
-    specs = P("x", None, "y"), P(), P("x"), P("x")
-    f = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=(P("x", None, "y"), P("x", "y")))
-    with jax.set_mesh(mesh):
-        text = text_for_cuda(f, *placed(decode_structs(), mesh, *specs))
-    assert "tensor<2x1x8x576xbf16>" in custom_calls(text)[DECODE][0]
-    assert "all_gather" not in text
-
-
-@pytest.mark.parametrize("varying", range(4))
-def test_varying_result_is_not_taken_for_replicated(varying):
-    """Whichever operand differs by device, the results do."""
-    mesh = devices(2)
-    specs = [P("x") if i == varying else P() for i in range(4)]
-    structs = list(decode_structs())
-    if varying != 1:  # the other operands must have the batch of one device
-        structs = [
-            x if i in (1, varying) else struct((2, *x.shape[1:]), x.dtype)
-            for i, x in enumerate(structs)
-        ]
-
-    def f(out_specs):
-        return jax.shard_map(decode, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs)
-
-    jax.eval_shape(f(P("x")), *structs)
-    with pytest.raises(ValueError, match="replicat"):
-        jax.eval_shape(f(P()), *structs)
-
-
-def test_explicit_sharding_outside_shard_map_raises():
-    mesh = devices(2, types=AxisType.Explicit)
-    structs = placed(decode_structs(), mesh, P("x"), P(), P("x"), P("x"))
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(NotImplementedError, match=r"explicit mesh axes.*jax\.shard_map"),
-    ):
-        jax.eval_shape(decode, *structs)
 
 
 # Level 3: compiled for an H200.

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from cases import D_K, D_V, UNUSED_ENTRY, Case
 from jax import export
-from test_examples import ROOT, operations_on
-from test_lowering import (
+from lowering import (
     APPEND,
     DECODE,
     SCHEDULE,
@@ -26,6 +25,7 @@ from test_lowering import (
     struct,
     text_for_cuda,
 )
+from test_examples import ROOT, operations_on
 
 import jax_flashmla as fm
 
