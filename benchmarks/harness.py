@@ -111,6 +111,11 @@ class Bench:
     def calls(self, case):
         return 3 if self.options.smoke else case.calls
 
+    def loops(self, case):
+        if self.options.profile:
+            return 1  # the kernels of one round, and nothing else
+        return 2 if self.options.smoke else case.loops
+
     def peer_for(self, case):
         return self.peer if self.peer is not None and self.peer.supports(case) else None
 
@@ -127,7 +132,7 @@ class Bench:
         implementation = self.options.implementation
         for case in self.cases:
             key = case.shape_key
-            shapes = Shapes(case, self.pool.shape[0], self.calls(case))
+            shapes = Shapes(case, self.pool.shape[0], self.calls(case), self.loops(case))
             submit = self.compiler.submit
             submit((key, "draw"), shapes.draw)
             submit((key, "metadata"), shapes.metadata, implementation)
@@ -148,10 +153,11 @@ class Bench:
     def given(self, case, inputs):
         metadata = self.compiler[case.shape_key, "metadata"](inputs.lengths)
         function = self.compiler[case.shape_key, "given"]
-        return OpRound(function, inputs, metadata, self.calls(case))
+        return OpRound(function, inputs, metadata, self.calls(case), self.loops(case))
 
     def made(self, case, inputs):
-        return OpRound(self.compiler[case.shape_key, "made"], inputs, (), self.calls(case))
+        function = self.compiler[case.shape_key, "made"]
+        return OpRound(function, inputs, (), self.calls(case), self.loops(case))
 
     def baseline_us(self, case, inputs):
         metadata = self.compiler[case.shape_key, "xla-metadata"](inputs.lengths)

@@ -5,7 +5,8 @@ own; lengths, and metadata where it is given, are shared, as by the layers of a 
 output buffers are donated, so that every round writes where the last one wrote: XLA's command
 buffers then never have to be updated, and each round depends on the one before. Within a round
 the calls share one scratch buffer, which orders them; decode.py --profile shows that they do
-not overlap.
+not overlap. Rounds that the device finishes sooner than Python dispatches the next one run
+several times inside the jitted function, in a loop.
 """
 
 import concurrent.futures
@@ -67,14 +68,33 @@ def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementat
     return [out for out, _ in results], [lse for _, lse in results]
 
 
+def _rounds(outs, lses, pool, qs, tables, lengths, metadata, *, loops, **options):
+    """The round, `loops` times.
+
+    Lengths, which every call reads, pass through the loop's carry and wait for the last result:
+    so XLA cannot move calls out of the loop. The results of a turn are those of the last one's
+    buffers.
+    """
+
+    def body(_, carry):
+        lengths = carry[2]
+        outs, lses = _round(carry[0], carry[1], pool, qs, tables, lengths, metadata, **options)
+        lengths, lses = jax.lax.optimization_barrier((lengths, lses))
+        return outs, lses, lengths
+
+    if loops == 1:
+        return _round(outs, lses, pool, qs, tables, lengths, metadata, **options)
+    return jax.lax.fori_loop(0, loops, body, (outs, lses, lengths))[:2]
+
+
 class Shapes:
     """The compiled functions of one shape key."""
 
-    def __init__(self, case, pool_pages, calls):
-        self.case, self.calls = case.shape_key, calls
+    def __init__(self, case, pool_pages, calls, loops=1, sharding=None):
+        self.case, self.calls, self.loops = case.shape_key, calls, loops
         b, s, h, page = case.batch, case.s_q, case.h_q, case.page_block_size
         dtype, i32 = DTYPES[case.dtype], jnp.int32
-        struct = jax.ShapeDtypeStruct
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
         self.q = struct((b, s, h, HEAD_DIM_K), dtype)
         self.out = struct((b, s, h, HEAD_DIM_V), dtype)
         self.lse = struct((b, h, s), jnp.float32)
@@ -99,11 +119,14 @@ class Shapes:
         return jax.jit(make).lower(self.lengths).compile()
 
     def round(self, implementation, made_in_call, calls=None):
-        """The round with its metadata given, or made by each call."""
+        """The rounds with their metadata given, or made by each call."""
+        loops = self.loops if calls is None else 1
         calls = calls or self.calls
         make = functools.partial(_metadata, self.case, implementation)
         metadata = () if made_in_call else jax.eval_shape(make, self.lengths)
-        function = functools.partial(_round, case=self.case, implementation=implementation)
+        function = functools.partial(
+            _rounds, loops=loops, case=self.case, implementation=implementation
+        )
         # Lengths of their own keep XLA from merging the metadata of all calls into one.
         lengths = [self.lengths] * (calls if made_in_call else 1)
         function = jax.jit(function, donate_argnums=(0, 1), keep_unused=True)
@@ -163,9 +186,9 @@ class Inputs:
 
 
 class OpRound:
-    """A compiled round with its inputs; `outs` and `lses` are those of the last round."""
+    """Compiled rounds with their inputs; `outs` and `lses` are those of the last round."""
 
-    def __init__(self, function, inputs, metadata, calls):
+    def __init__(self, function, inputs, metadata, calls, loops=1):
         made_in_call = not metadata
         lengths = [inputs.lengths]
         if made_in_call:
@@ -179,4 +202,4 @@ class OpRound:
         def wait():
             self.lses[-1].block_until_ready()
 
-        self.round = Round(calls, enqueue, wait)
+        self.round = Round(calls * loops, enqueue, wait)

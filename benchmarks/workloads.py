@@ -21,6 +21,8 @@ MIN_BYTES_IN_ALL = 300e6
 # What one timed round must last so that dispatching it from the host hides behind it.
 MIN_ROUND_US = 400.0
 MIN_CALLS, MAX_CALLS = 8, 64
+# Python takes up to 15 us a call to dispatch a round, so a short one runs several times at once.
+MIN_DISPATCH_US, MAX_LOOPS = 60.0, 8
 
 HERE = pathlib.Path(__file__).resolve().parent
 PEERS_FILE = HERE / "peers_h200.json"
@@ -85,6 +87,12 @@ class Case:
         bytes_per_set = 2 * HEAD_DIM_K * self.batch * self.mean_len
         calls = max(MIN_BYTES_IN_ALL / bytes_per_set, MIN_ROUND_US / max(uniform.floor_us(), 6.0))
         return min(max(math.ceil(calls), MIN_CALLS), MAX_CALLS)
+
+    @functools.cached_property
+    def loops(self):
+        """How many times the round runs inside its jitted function."""
+        uniform = dataclasses.replace(self, varlen=False)
+        return min(math.ceil(MIN_DISPATCH_US / max(uniform.floor_us(), 6.0)), MAX_LOOPS)
 
     @property
     def shape_key(self):
