@@ -153,28 +153,75 @@ QUICK = [
     Case(128, 2, 128, 4096),
 ]
 
+# What a model runs, with its layers in one jitted function.
+LAYERS = 61
+LAYER_CASES = [Case(16, 1, 128, 4096), Case(128, 1, 128, 4096), Case(16, 1, 1, 4096)]
+
+# What is timed in other forms beside its bf16, page 64 twin.
+TWINS = [
+    Case(16, 1, 128, 4096),
+    Case(128, 1, 128, 4096),
+    Case(16, 1, 64, 8192),
+    Case(16, 1, 128, 1024),
+]
+VARIANTS = [("fp16", 64), ("bf16", 16), ("bf16", 32), ("bf16", 128), ("bf16", 256)]
+
+GROWTH_HEADS = (16, 128)
+GROWTH_LENGTH, GROWTH_BATCHES = 4096, tuple(2**i for i in range(13))
+GROWTH_LENGTHS = tuple(4**i for i in range(3, 11))  # 64 to 1M
+GROWTH_LENGTH_BATCHES = (1, 128)
+
+
+def growth_cases():
+    """A series over the batch, and series over the length."""
+    cases = [Case(h, 1, batch, GROWTH_LENGTH) for h in GROWTH_HEADS for batch in GROWTH_BATCHES]
+    cases += [
+        Case(h, 1, batch, length)
+        for h in GROWTH_HEADS
+        for batch in GROWTH_LENGTH_BATCHES
+        for length in GROWTH_LENGTHS
+    ]
+    return sorted(set(cases), key=lambda case: (case.batch * case.mean_len, case.batch, case.h_q))
+
+
+def is_sustained(case):
+    """Whether the card's power limits the case, so that it is timed under lasting load too."""
+    return case.h_q * case.s_q >= 128 and case.batch >= 64 and case.mean_len >= 4096
+
+
 SMOKE = [
     Case(4, 1, 2, 100),
     Case(4, 2, 3, 70, varlen=True),
 ]
 
 
-def page_tables(case, pool_pages, sets, seed=0):
+def page_tables(case, pool_pages, sets, seed=0, reuse=False):
     """Block tables i32[sets, batch, width] over one pool, its pages handed out in random order.
 
     Sets share no page as long as the pool has enough of them; columns past the end of a
-    sequence hold 0.
+    sequence hold 0. With `reuse` a case may need more pages than there are: it then goes
+    through the whole pool, in the same order, as often as it takes.
     """
     rng = np.random.default_rng(seed)
     needed = case.pages()
+    if needed > pool_pages and reuse:
+        pool_pages = rng.permutation(pool_pages)
+        return _fill_tables(case, [np.resize(pool_pages, needed)] * sets)
     if needed > pool_pages:
         raise ValueError(f"{case.name} needs {needed} pages, the pool has {pool_pages}")
-    tables = np.zeros((sets, case.batch, case.table_width), np.int32)
-    free = rng.permutation(pool_pages)
-    for table in tables:
+    free, taken = rng.permutation(pool_pages), []
+    for _ in range(sets):
         if len(free) < needed:
             free = rng.permutation(pool_pages)
-        taken, free = free[:needed], free[needed:]
+        taken.append(free[:needed])
+        free = free[needed:]
+    return _fill_tables(case, taken)
+
+
+def _fill_tables(case, pages):
+    """Block tables in which the sequences take the `pages` of each set one after the other."""
+    tables = np.zeros((len(pages), case.batch, case.table_width), np.int32)
+    for table, taken in zip(tables, pages, strict=True):
         start = 0
         for row, length in zip(table, case.lengths(), strict=True):
             count = math.ceil(length / case.page_block_size)

@@ -8,9 +8,13 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flashmla import _ffi
 
@@ -39,3 +43,28 @@ def pytest_runtest_setup(item):
 def implementation(request) -> str:
     """The reference everywhere, the kernel on a GPU."""
     return request.param
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Lets programs be lowered with kernels that were not built."""
+    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(_ffi, "other_device", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def h200():
+    """A sharding on one H200 that is not there."""
+    if importlib.util.find_spec("jax_plugins") is None or (
+        importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+    ):
+        pytest.skip("needs the jax-cuda13-plugin package")
+    config = Path(__file__).with_name("h200_target_config.pbtxt").read_text(encoding="utf-8")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+
+
+@pytest.fixture
+def compiled_kernels():
+    if _ffi._NOT_REGISTERED is not None:
+        pytest.skip(_ffi._NOT_REGISTERED)

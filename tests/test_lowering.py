@@ -1,16 +1,13 @@
 """What stands in programs for a GPU, seen without one: StableHLO text and compiles for an H200."""
 
-import importlib.util
 import re
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,13 +18,6 @@ D_K, D_V = 576, 512
 DECODE, SCHEDULE, APPEND = (
     f"jax_flashmla_{name}" for name in ("dense_decode", "tile_scheduler", "append_kv")
 )
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Lets programs be lowered with kernels that were not built."""
-    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(_ffi, "other_device", lambda: None)
 
 
 def struct(shape, dtype=jnp.bfloat16, **options):
@@ -321,24 +311,6 @@ def test_explicit_sharding_outside_shard_map_raises():
 
 
 # Level 3: compiled for an H200.
-
-
-@pytest.fixture(scope="module")
-def h200():
-    """A sharding on one H200 that is not there."""
-    if importlib.util.find_spec("jax_plugins") is None or (
-        importlib.util.find_spec("jax_plugins.xla_cuda13") is None
-    ):
-        pytest.skip("needs the jax-cuda13-plugin package")
-    config = Path(__file__).with_name("h200_target_config.pbtxt").read_text(encoding="utf-8")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), P())
-
-
-@pytest.fixture
-def compiled_kernels():
-    if _ffi._NOT_REGISTERED is not None:
-        pytest.skip(_ffi._NOT_REGISTERED)
 
 
 LAYERS, BATCH, PAGE = 3, 4, 64
