@@ -62,11 +62,20 @@ class Case:
 
     def floor_us(self):
         """The time that the chip needs at least, in microseconds."""
+        return max(self.compute_us(), self.memory_us())
+
+    def compute_us(self):
+        """What the arithmetic takes at least."""
+        tokens = sum(self.lengths())
+        flops = 2 * self.h_q * self.s_q * tokens * (HEAD_DIM_K + HEAD_DIM_V)
+        return 1e6 * flops / FLOOR_FLOPS
+
+    def memory_us(self):
+        """What reading the cache and the queries and writing the outputs takes at least."""
         tokens = sum(self.lengths())
         rows = self.batch * self.s_q * self.h_q
-        flops = 2 * self.h_q * self.s_q * tokens * (HEAD_DIM_K + HEAD_DIM_V)
         moved = 2 * (tokens * HEAD_DIM_K + rows * (HEAD_DIM_K + HEAD_DIM_V))
-        return 1e6 * max(flops / FLOOR_FLOPS, moved / FLOOR_BYTES)
+        return 1e6 * moved / FLOOR_BYTES
 
     def pages(self):
         """How many pages one input set needs."""
@@ -120,10 +129,20 @@ def case_of(row):
 
 
 @functools.cache
+def _peers_file():
+    with open(PEERS_FILE, encoding="utf-8") as f:
+        return json.load(f)
+
+
+@functools.cache
 def stored_peers():
     """Measured figures of the peers: {case: row of peers_h200.json}."""
-    with open(PEERS_FILE, encoding="utf-8") as f:
-        return {case_of(row): row for row in json.load(f)["dense"]}
+    return {case_of(row): row for row in _peers_file()["dense"]}
+
+
+def stored_ceilings():
+    """The ceilings of the card that the peers' figures were measured on."""
+    return _peers_file()["ceilings"]
 
 
 def all_cases():
