@@ -54,7 +54,7 @@ def step(outs, lses, qs, pool, table, lengths, *, case, scan, distinct, implemen
 
 
 def compile_step(shapes, form, layers, distinct, implementation):
-    """(the compiled step, how often it launches: (graphs, single commands) or None)."""
+    """A form of the step for `shapes`, as `compile_and_count` gives it."""
     scan, options = FORMS[form]
     function = functools.partial(
         step, case=shapes.case, scan=scan, distinct=distinct, implementation=implementation
@@ -63,12 +63,17 @@ def compile_step(shapes, form, layers, distinct, implementation):
         [shapes.out] * layers, [shapes.lse] * layers,
         [shapes.q] * layers, shapes.pool, shapes.table, shapes.lengths,
     )  # fmt: skip
+    return compile_and_count(lowered, layers, options)
+
+
+def compile_and_count(lowered, trips, options):
+    """(the compiled program, (graphs, single commands) that it launches or None if unknown)."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={**options, "xla_dump_to": folder})
         # Where the passes over it change nothing, only the first of these is there.
         names = ["*.thunk_sequence.txt", "*.thunk_sequence_after_thunk_passes.txt"]
         files = [file for name in names for file in pathlib.Path(folder).glob(name)]
-        return compiled, count_launches(files[-1].read_text(), layers) if files else None
+        return compiled, count_launches(files[-1].read_text(), trips) if files else None
 
 
 def count_launches(thunks, trips):

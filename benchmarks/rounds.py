@@ -123,6 +123,10 @@ class Shapes:
         return jax.jit(make).lower(self.lengths).compile()
 
     def round(self, implementation, made_in_call, calls=None):
+        """The rounds, compiled."""
+        return self.lower_round(implementation, made_in_call, calls).compile()
+
+    def lower_round(self, implementation, made_in_call, calls=None):
         """The rounds with their metadata given, or made by each call."""
         loops = self.loops if calls is None else 1
         calls = calls or self.calls
@@ -137,7 +141,7 @@ class Shapes:
         return function.lower(
             [self.out] * calls, [self.lse] * calls, self.pool, [self.q] * calls,
             [self.table] * calls, lengths, metadata,
-        ).compile()  # fmt: skip
+        )  # fmt: skip
 
     def errors(self, outs, sample=None):
         lowered = oracle.errors.lower(
