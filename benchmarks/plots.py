@@ -110,8 +110,8 @@ def draw_growth(rows, path):
         group = sorted(group, key=lambda row: row[name])
         places = [row[name] for row in group]
         for label, values, marker, color in series_of(group):
-            line = "" if marker == "|" else "-"
-            axis.plot(places, values, marker + line, color=color, label=label, markersize=6)
+            style, size = ("_", 14) if marker == "|" else (f"{marker}-", 6)
+            axis.plot(places, values, style, color=color, label=label, markersize=size)
         axis.set_xscale("log", base=2)
         axis.set_ylim(0, 105)
         axis.set_xlabel("batch" if name == "batch" else "length", fontsize=8)

@@ -301,6 +301,13 @@ def test_lasting_load_is_timed_and_read(nvml, bench):
     assert not pending
 
 
+def test_the_later_readings_count(bench):
+    sampler = bench("power").Sampler(None)
+    assert sampler.medians() == (None, None)
+    sampler.samples = [(1980, 300.0)] * 5 + [(1500, 700.0)] * 4
+    assert sampler.medians() == (1500, 700)
+
+
 def test_the_probed_clock_counts_where_there_is_one(bench):
     power, timing = bench("power"), bench("timing")
     meter = power.Meter(found=False)
