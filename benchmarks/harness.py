@@ -285,6 +285,7 @@ class Bench:
             columns[f"{prefix}sustained_us"] = round(found.us, 2)
             columns[f"{prefix}sustained_mhz"] = found.mhz
             columns[f"{prefix}sustained_watts"] = found.watts
+        time.sleep(4 * self.options.rest)  # the next case begins as cool as the others
         return columns
 
     def profile(self, case):

@@ -21,7 +21,7 @@ PROBED_PART = 0.3
 PROBE_KERNEL = r"""
 __device__ unsigned long long now() {
   unsigned long long t;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
   return t;
 }
 // One thread: clocks and nanoseconds between two ticks of the timer, which may be coarse.
@@ -68,8 +68,8 @@ class Nvml:
             (value,) = self._nvml.nvmlDeviceGetFieldValues(self._device, [field])
             if value.nvmlReturn == 0 and value.value.uiVal > 0:
                 return value.value.uiVal / 1e3
-        except (AttributeError, self._nvml.NVMLError):
-            pass
+        except Exception:
+            pass  # an old driver, or old bindings
         return self._nvml.nvmlDeviceGetPowerUsage(self._device) / 1e3
 
 

@@ -192,7 +192,7 @@ GROWTH_LENGTH_BATCHES = (1, 128)
 
 
 def growth_cases():
-    """A series over the batch, and series over the length."""
+    """A series over the batch, and series over the length; what a peer may not bear comes last."""
     cases = [Case(h, 1, batch, GROWTH_LENGTH) for h in GROWTH_HEADS for batch in GROWTH_BATCHES]
     cases += [
         Case(h, 1, batch, length)
@@ -200,7 +200,11 @@ def growth_cases():
         for batch in GROWTH_LENGTH_BATCHES
         for length in GROWTH_LENGTHS
     ]
-    return sorted(set(cases), key=lambda case: (case.batch * case.mean_len, case.batch, case.h_q))
+
+    def order(case):
+        return case.batch > 1024, case.batch * case.mean_len, case.batch, case.h_q
+
+    return sorted(set(cases), key=order)
 
 
 def is_sustained(case):
