@@ -154,6 +154,71 @@ def outcomes(results):
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class SectionGoal:
+    """What the rows of a section may take more than what they stand beside."""
+
+    name: str
+    goal: str
+    section: str
+    covers: Callable  # of a row
+    excess: Callable  # of a row
+    most: float
+    unit: str = "{:+.1%}"
+
+    def rows(self, results):
+        return [row for row in results.get(self.section, {"rows": []})["rows"] if self.covers(row)]
+
+    def tell(self, row):
+        form = row.get("form") or f"{row['dtype']} page {row['page_block_size']}"
+        return f"{workloads.case_of(row).name} {form}: {self.unit.format(self.excess(row))}"
+
+
+def more_than_twin(row):
+    return row["to_twin"] - 1
+
+
+def is_page(*sizes):
+    return lambda row: row["dtype"] == "bf16" and row["page_block_size"] in sizes
+
+
+SECTION_GOALS = [
+    SectionGoal("a step of 61 layers, 128 x 4096", "at most 3% over the kernel alone", "layers",
+                lambda row: row["batch"] == 128 and row["form"] in ("unrolled", "scan"),
+                lambda row: row["over"], 0.03),
+    SectionGoal("a step of 61 layers, 1 x 4096, unrolled", "at most 1 us a layer more", "layers",
+                lambda row: row["batch"] == 1 and row["form"] == "unrolled",
+                lambda row: row["us"] - row["alone_us"], 1.0, "{:+.2f} us"),
+    SectionGoal("fp16", "at most 3% over bf16", "variants",
+                lambda row: row["dtype"] == "fp16", more_than_twin, 0.03),
+    SectionGoal("pages of 128 and 256", "at most 2% over pages of 64", "variants",
+                is_page(128, 256), more_than_twin, 0.02),
+    SectionGoal("pages of 32", "at most 5% over pages of 64", "variants",
+                is_page(32), more_than_twin, 0.05),
+]  # fmt: skip
+
+
+def section_cells(results):
+    """As `table_cells`, for the sections that were measured."""
+    lines = []
+    for goal in SECTION_GOALS:
+        if rows := goal.rows(results):
+            met = sum(goal.excess(row) <= goal.most for row in rows)
+            worst = max(rows, key=goal.excess)
+            lines.append([goal.name, goal.goal, f"{met} of {len(rows)}", goal.tell(worst)])
+    return lines
+
+
+def section_misses(results):
+    """One line for every goal of a section that is missed, or was not measured."""
+    lines = []
+    for goal in SECTION_GOALS:
+        rows = goal.rows(results)
+        lines += [f"{goal.name}: {goal.tell(r)}" for r in rows if not goal.excess(r) <= goal.most]
+        lines += [] if rows else [f"{goal.name}: missing"]
+    return lines
+
+
 def mean_over_peers(results):
     """The geometric mean of the best peer's time over ours; NaN if no figure is stored."""
     pairs = [
@@ -177,6 +242,7 @@ def table_cells(results):
         lines.append(
             [regime.name, regime.goal, f"{met} of {len(ours)}", f"{worst.case.name}: {worst}"]
         )
+    lines += section_cells(results)
     mean = mean_over_peers(results)
     if math.isnan(mean):
         return lines
@@ -193,4 +259,4 @@ def misses(results):
     mean = mean_over_peers(results)
     if not mean >= MEAN_OVER_PEERS:
         lines.append(f"everywhere: geometric mean over the best peer {mean:.3f}")
-    return lines
+    return lines + section_misses(results)

@@ -1,6 +1,7 @@
 """The benchmark's own rules: floors, inputs, gate and goals; and that it runs, on the CPU."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -336,7 +337,20 @@ def results_at_the_goals(workloads, goals, ceilings):
         ]
         us = 0.9999 * min(limit for limit in limits if limit is not None)
         rows.append(case.row() | {"us": us, "us_with_metadata": us + 2.9})
-    return {"device": "GPU", "commit": "0", "ceilings": ceilings, "rows": rows}
+    layers = [
+        case.row() | {"form": form, "us": 10.9, "alone_us": 10.0, "over": over}
+        for case in workloads.LAYER_CASES
+        for form, over in (("unrolled", 0.03), ("scan", 0.03), ("scan, graphs of 1", 1.0))
+    ]
+    variants = [
+        dataclasses.replace(case, dtype=dtype, page_block_size=page).row() | {"to_twin": 1.019}
+        for case in workloads.TWINS
+        for dtype, page in workloads.VARIANTS
+    ]
+    return {
+        "device": "GPU", "commit": "0", "ceilings": ceilings, "rows": rows,
+        "layers": {"commit": "0", "rows": layers}, "variants": {"commit": "0", "rows": variants},
+    }  # fmt: skip
 
 
 def test_goals_are_met_by_what_meets_them(workloads, bench, report, capsys):
@@ -382,6 +396,30 @@ def test_metadata_and_missing_cases_are_goals_too(workloads, bench):
     assert missing.endswith(": missing")
 
 
+@pytest.mark.parametrize(
+    ("section", "number", "change", "miss"),
+    [
+        ("layers", 0, {"over": 0.031}, "a step of 61 layers, 128 x 4096: h16-s1-128x4096 unrolled"),
+        ("layers", 4, {"over": 0.031}, "a step of 61 layers, 128 x 4096: h128-s1-128x4096 scan"),
+        ("layers", 2, {"over": 2.0}, None),
+        ("layers", 6, {"us": 11.1}, "a step of 61 layers, 1 x 4096, unrolled: h16-s1-1x4096"),
+        ("variants", 0, {"to_twin": 1.031}, "fp16: h16-s1-128x4096-fp16"),
+        ("variants", 1, {"to_twin": 1.2}, None),
+        ("variants", 2, {"to_twin": 1.051}, "pages of 32: h16-s1-128x4096-p32"),
+        ("variants", 4, {"to_twin": 1.021}, "pages of 128 and 256: h16-s1-128x4096-p256"),
+    ],
+)
+def test_sections_have_goals(workloads, bench, section, number, change, miss):
+    goals = bench("goals")
+    results = results_at_the_goals(workloads, goals, workloads.stored_ceilings())
+    results[section]["rows"][number].update(change)
+    lines = goals.misses(results)
+    assert len(lines) == (miss is not None)
+    assert all(line.startswith(miss) for line in lines)
+    del results[section]
+    assert all(line.endswith(": missing") for line in goals.misses(results))
+
+
 def test_stored_figures_are_scaled_by_the_ceilings(workloads, bench):
     goals = bench("goals")
     stored = workloads.stored_ceilings()
@@ -397,14 +435,14 @@ def test_stored_figures_are_scaled_by_the_ceilings(workloads, bench):
 
 
 def test_sections_stay_until_they_are_measured_again(workloads, bench, tmp_path):
-    harness = bench("harness")
+    Results = bench("results_file").Results
     path = tmp_path / "results.json"
     case = workloads.Case(16, 1, 1, 4096)
-    first = harness.Results(path, False, "GPU", "1")
+    first = Results(path, False, "GPU", "1")
     first.add(case, case.row() | {"us": 1.0})
     first.begin("growth")
     first.add_to("growth", {"us": 2.0})
-    only_layers = harness.Results(path, "sections", "GPU", "2")
+    only_layers = Results(path, "sections", "GPU", "2")
     only_layers.begin("layers")
     only_layers.add_to("layers", {"us": 3.0})
     data = json.loads(path.read_text())
@@ -412,11 +450,11 @@ def test_sections_stay_until_they_are_measured_again(workloads, bench, tmp_path)
     assert [row["us"] for row in data["rows"]] == [1.0]
     assert data["growth"] == {"commit": "1", "rows": [{"us": 2.0}]}
     assert data["layers"] == {"commit": "2", "rows": [{"us": 3.0}]}
-    table = harness.Results(path, False, "GPU", "3")
+    table = Results(path, False, "GPU", "3")
     table.add(case, case.row() | {"us": 4.0})
     data = json.loads(path.read_text())
     assert (data["commit"], len(data["rows"]), data["layers"]["commit"]) == ("3", 1, "2")
-    harness.Results(path, "sections", "another GPU", "3").save()
+    Results(path, "sections", "another GPU", "3").save()
     assert "layers" not in json.loads(path.read_text())
 
 
