@@ -19,9 +19,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import MAX_REL_ERR, commit_of
+from harness import MAX_REL_ERR
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from results_file import commit_of
 from timing import Round, time_rounds
 from workloads import HEAD_DIM_K, HEAD_DIM_V, MIN_BYTES_IN_ALL
 

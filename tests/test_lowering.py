@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -286,18 +287,24 @@ def test_cache_stays_in_place(loop, implementation, h200, request):
     assert temporary[0] == temporary[1]
 
 
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 8), (1, 16), (1, 128), (2, 128), (4, 128)])
 @pytest.mark.usefixtures("compiled_kernels")
-def test_workspace_is_all_the_kernel_needs(h200):
-    """Scratch follows the number of parts, not the batch or the table."""
-    parts, rows = 132, 16
+def test_workspace_is_all_the_kernel_needs(s_q, h_q, h200):
+    """Scratch follows heads and queries, not the batch, the table or the cache; as documented."""
+    rows = s_q * h_q
+    parts = 132 // -(-rows // 64)
     scratch = 2 * parts * rows * (D_V + 1) * 4
-    for b, width in ((4, 10), (512, 1000)):
+    for b, width, pages in ((4, 10, 1000), (512, 16384, 500_000)):
         structs = (
-            struct((b, 1, 16, D_K), sharding=h200),
-            struct((1000, 64, 1, D_K), sharding=h200),
+            struct((b, s_q, h_q, D_K), sharding=h200),
+            struct((pages, 64, 1, D_K), sharding=h200),
             struct((b, width), jnp.int32, sharding=h200),
             struct((b,), jnp.int32, sharding=h200),
         )
         compiled = jax.jit(lambda *a: decode(*a, implementation="cuda")).lower(*structs).compile()
         memory = compiled.memory_analysis()
         assert scratch <= memory.temp_size_in_bytes <= scratch + 16 * b + 2**15
+    notes = Path(__file__).parent.parent / "docs/dense_decode.md"
+    lines = re.findall(r"^\| (?:h_q · s_q|MB) \|(.*)\|$", notes.read_text("utf-8"), re.MULTILINE)
+    documented = dict(zip(*(map(str.strip, line.split("|")) for line in lines), strict=True))
+    assert documented[str(rows)] == f"{scratch / 1e6:.1f}"
