@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ._checks import check_axis, static_bool, static_int
+from ._checks import check_array, check_axis, check_offset_has_mask, static_bool, static_int
 
 
 def decode_cost(
@@ -12,6 +12,8 @@ def decode_cost(
     cache_seqlens: np.ndarray | jax.Array,
     head_dim_v: int,
     causal: bool = False,
+    *,
+    causal_offset: np.ndarray | jax.Array | None = None,
 ) -> dict[str, float]:
     """The work of one call of `flash_mla_with_kvcache`, under the names that XLA gives it.
 
@@ -26,32 +28,47 @@ def decode_cost(
         one counts as 0.
       head_dim_v: d_v.
       causal: as in the call.
+      causal_offset: [b] integers as in the call, values like cache_seqlens; default 0, only with
+        causal. Tokens that it hides from every query of a sequence count for nothing.
 
     Returns:
       "flops": of the two products, a multiply-add counted as 2.
       "transcendentals": exponentials, one a score.
-      "bytes accessed": the tokens' rows of the cache, their page ids, q, lengths, out and lse.
+      "bytes accessed": the tokens' rows of the cache, their page ids, q, lengths, offsets, out and
+        lse.
 
     Raises:
       TypeError, ValueError: an argument is not as described.
     """
-    if isinstance(cache_seqlens, jax.core.Tracer):
-        raise TypeError(
-            f"cache_seqlens must be values, got the traced {cache_seqlens}; call decode_cost "
-            "outside jit"
-        )
     b, s_q, h_q, d_k = q.shape
     _, page, h_kv, _ = k_cache.shape
     d_v, causal = static_int("head_dim_v", head_dim_v), static_bool("causal", causal)
-    lengths = np.maximum(np.asarray(cache_seqlens, np.int64), 0)
-    check_axis("cache_seqlens", lengths, 0, b, "the batch of q")
+    lengths = np.maximum(_values("cache_seqlens", cache_seqlens, b), 0)
+    visible = np.broadcast_to(lengths[:, None], (b, s_q))  # tokens that each query sees
+    integers = b  # lengths, offsets and page ids
+    if causal:
+        visible = visible - np.arange(s_q)[::-1]
+    if causal_offset is not None:
+        check_offset_has_mask(causal)
+        visible = visible + _values("causal_offset", causal_offset, b)[:, None]
+        integers += b
+    visible = np.clip(visible, 0, lengths[:, None])
 
-    hidden = np.arange(s_q)[::-1] if causal else np.zeros(s_q, np.int64)  # of each query
-    scores = h_q * int(np.maximum(lengths[:, None] - hidden, 0).sum())
-    tokens, pages = int(lengths.sum()), int((-(-lengths // page)).sum())
-    values = tokens * h_kv * d_k + b * s_q * h_q * (d_k + d_v)  # in q's dtype
+    tokens, scores = visible.max(axis=1), h_q * int(visible.sum())
+    integers += int((-(-tokens // page)).sum())
+    values = int(tokens.sum()) * h_kv * d_k + b * s_q * h_q * (d_k + d_v)  # in q's dtype
     return {
         "flops": float(2 * scores * (d_k + d_v)),
         "transcendentals": float(scores),
-        "bytes accessed": float(values * q.dtype.itemsize + 4 * (pages + b + b * s_q * h_q)),
+        "bytes accessed": float(values * q.dtype.itemsize + 4 * (integers + b * s_q * h_q)),
     }
+
+
+def _values(name: str, x, b: int) -> np.ndarray:
+    """i64 [b], wide enough for sums of any int32."""
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{name} must be values, got the traced {x}; call decode_cost outside jit")
+    x = np.asarray(x, np.int64)
+    check_array(name, x, "b")
+    check_axis(name, x, 0, b, "the batch of q")
+    return x

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import reference
-from ._checks import check_array, check_axis, static_bool, static_int, static_positive_float
+from ._checks import (
+    check_array,
+    check_axis,
+    check_offset_has_mask,
+    static_bool,
+    static_int,
+    static_positive_float,
+)
 from ._primitive import Op
 from .schedule import TileSchedulerMetadata, get_mla_metadata, get_mla_metadata_op
 
@@ -82,7 +89,10 @@ def flash_mla_with_kvcache(
     )
     causal = static_bool("causal", causal)
     if causal_offset is not None:
-        causal_offset = _check_causal_offset(causal_offset, causal, b)
+        causal_offset = jnp.asarray(causal_offset)
+        check_array("causal_offset", causal_offset, "b", (jnp.int32,))
+        check_axis("causal_offset", causal_offset, 0, b, "the batch of q")
+        check_offset_has_mask(causal)
 
     rows = s_q * h_q // h_kv
     if (tile_scheduler_metadata is None) != (num_splits is None):
@@ -133,18 +143,6 @@ def _check_shapes(q, k_cache, block_table, cache_seqlens):
         raise ValueError(
             f"h_kv must divide h_q: k_cache has {k_cache.shape[2]} KV heads, q has {h_q} heads"
         )
-
-
-def _check_causal_offset(causal_offset, causal, b):
-    causal_offset = jnp.asarray(causal_offset)
-    check_array("causal_offset", causal_offset, "b", (jnp.int32,))
-    check_axis("causal_offset", causal_offset, 0, b, "the batch of q")
-    if not causal:
-        raise ValueError(
-            "causal_offset moves the boundary of the causal mask, which causal=False turns off; "
-            "pass causal=True with it, also for one query a sequence, or leave it out"
-        )
-    return causal_offset
 
 
 def _optional(operand):

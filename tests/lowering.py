@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def decode_structs(b=4, s_q=1, h_q=16, h_kv=1, *, d_k=D_K, page=64, dtype=jnp.bf
     )
 
 
-def decode(*args, d_v=D_V, **options):
-    return fm.flash_mla_with_kvcache(*args, d_v, **options)
+def decode(*arrays, d_v=D_V, metadata=(None, None), **options):
+    return fm.flash_mla_with_kvcache(*arrays, d_v, *metadata, **options)
 
 
 def text_for_cuda(function, *structs):
@@ -47,6 +48,22 @@ def custom_calls(text):
     lines = re.findall(r"^.*stablehlo\.custom_call @(jax_flashmla_\w+)(.*)$", text, re.MULTILINE)
     targets = {target for target, _ in lines}
     return {target: [rest for t, rest in lines if t == target] for target in targets}
+
+
+PASSED_ON = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
+"""What `operations_on` finds that neither writes nor copies."""
+
+
+def operations_on(elements, hlo):
+    """The names of the operations that make an array of so many elements."""
+    names = set()
+    for result, name in re.findall(
+        r"^ *(?:ROOT )?%\S+ = (.*?) ([a-z][a-z0-9-]*)\(", hlo, re.MULTILINE
+    ):
+        shapes = re.findall(r"\w+\[([\d,]+)\]", result)
+        if elements in [math.prod(map(int, shape.split(","))) for shape in shapes]:
+            names.add(name)
+    return names
 
 
 def cpu_mesh(sizes, names, types=AxisType.Auto):

@@ -87,8 +87,7 @@ def test_layout_of_the_queries(s_q, h_kv):
 def test_one_schedule_for_all_layers():
     def f(q, k_cache, table, lengths):
         metadata = fm.get_mla_metadata(lengths, 16, 1)
-        return [decode(q * i, k_cache, table, lengths, tile_scheduler_metadata=metadata[0],
-                       num_splits=metadata[1]) for i in range(3)]  # fmt: skip
+        return [decode(q * i, k_cache, table, lengths, metadata=metadata) for i in range(3)]
 
     text = text_for_cuda(f, *decode_structs())
     assert len(custom_calls(text)[SCHEDULE]) == 1
@@ -232,10 +231,8 @@ def decode_loop(implementation, loop):
             k_cache = fm.append_kv_cache(
                 k_cache, q[:, 0, :1], slots + first * PAGE, implementation=implementation
             )
-            out, _ = decode(
-                q, k_cache, table + first, lengths, tile_scheduler_metadata=metadata[0],
-                num_splits=metadata[1], implementation=implementation,
-            )  # fmt: skip
+            arrays = (q, k_cache, table + first, lengths)
+            out, _ = decode(*arrays, metadata=metadata, implementation=implementation)
             return (k_cache, q.at[..., :D_V].add(out)), None
 
         layers = jnp.arange(LAYERS, dtype=jnp.int32)

@@ -331,8 +331,7 @@ def test_metadata_of_the_global_batch_raises():
     specs = (P("x"), P(), P("x"), P("x"), P())
 
     def f(q, k_cache, table, lengths, metadata):
-        return decode(q, k_cache, table, lengths, tile_scheduler_metadata=metadata[0],
-                      num_splits=metadata[1])  # fmt: skip
+        return decode(q, k_cache, table, lengths, metadata=metadata)
 
     metadata = jax.eval_shape(lambda x: fm.get_mla_metadata(x, 16, 1), lengths)
     with pytest.raises(ValueError, match=r"batch=4, but this call has 2 .*in jax\.shard_map.*own"):
@@ -347,7 +346,7 @@ def test_metadata_of_all_heads_raises():
 
     def f(*args):
         metadata = fm.get_mla_metadata(args[3], 16, 1)
-        return decode(*args, tile_scheduler_metadata=metadata[0], num_splits=metadata[1])
+        return decode(*args, metadata=metadata)
 
     specs = P(None, None, "x"), P(), P(), P()
     with pytest.raises(ValueError, match="num_heads_per_head_k=16, but this call has 8"):

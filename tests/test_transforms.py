@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cases
 import jax
@@ -19,22 +20,31 @@ from jax import export
 from lowering import (
     APPEND,
     DECODE,
+    PASSED_ON,
     SCHEDULE,
     custom_calls,
+    decode,
     decode_structs,
+    operations_on,
     struct,
     text_for_cuda,
 )
-from test_examples import ROOT, operations_on
 
 import jax_flashmla as fm
 
-ARGUMENTS = ("q", "k_cache", "block_table", "cache_seqlens")
-RANKS = (4, 4, 2, 1)
+ROOT = Path(__file__).parent.parent
+ARGUMENTS = ("q", "k_cache", "block_table", "cache_seqlens", "causal_offset")
+RANKS = (4, 4, 2, 1)  # of all but the offset
 
 
-def decode(*arrays, metadata=(None, None), **options):
-    return fm.flash_mla_with_kvcache(*arrays, D_V, *metadata, **options)
+def causal_decode(q, k_cache, block_table, lengths, causal_offset=None, **options):
+    arrays = (q, k_cache, block_table, lengths)
+    return decode(*arrays, causal=True, causal_offset=causal_offset, **options)
+
+
+def causal_expected(q, k_cache, block_table, lengths, causal_offset=None):
+    inputs = cases.Inputs(q, k_cache, block_table, lengths)
+    return cases.expected_decode(inputs, causal=True, causal_offset=causal_offset)
 
 
 def assert_bit_equal(actual, expected):
@@ -67,6 +77,8 @@ def random_argument(name, leading, rng):
         return cases.random_values(rng, (*leading, PAGES, PAGE, 1, D_K), "bfloat16")
     if name == "cache_seqlens":
         return rng.integers(-2, 3 * PAGE, (*leading, 2), dtype=np.int32)
+    if name == "causal_offset":
+        return rng.integers(-2 * PAGE, 3, (*leading, 2), dtype=np.int32)
     table = rng.integers(0, PAGES, (*leading, 2, 4), dtype=np.int32)
     table[..., 2] = rng.choice([PAGES, 0, -1], table.shape[:-1])
     table[..., 3] = UNUSED_ENTRY
@@ -74,10 +86,13 @@ def random_argument(name, leading, rng):
 
 
 def random_examples(sizes, *in_axes):
-    """Arguments of nested vmaps, the outermost first, and the Inputs of each example."""
+    """Arguments of nested vmaps, the outermost first, and those of each example.
+
+    As many as there are axes: the offset may be left out.
+    """
     rng = np.random.default_rng(0)
     arrays, values = [], []
-    for name, axes in zip(ARGUMENTS, zip(*in_axes, strict=True), strict=True):
+    for name, axes in zip(ARGUMENTS, zip(*in_axes, strict=True), strict=False):
         shape = [1 if axis is None else n for n, axis in zip(sizes, axes, strict=True)]
         value = random_argument(name, shape, rng)
         values.append(np.broadcast_to(value, (*sizes, *value.shape[len(sizes) :])))
@@ -87,26 +102,29 @@ def random_examples(sizes, *in_axes):
             else:
                 value = np.moveaxis(value, level, level + axes[level])
         arrays.append(jnp.asarray(value))
-    return arrays, {
-        index: cases.Inputs(*(value[index] for value in values)) for index in np.ndindex(*sizes)
-    }
+    return arrays, {index: [value[index] for value in values] for index in np.ndindex(*sizes)}
 
 
 def subsets():
-    """Every choice of mapped arguments, each with other axes and another origin of the schedule."""
+    """Every choice of mapped arguments, each with other axes and another origin of the schedule.
+
+    The offset is in turn left out, not mapped, and mapped.
+    """
     origins = itertools.cycle(["none", "inside", "outside", "mapped"])
+    offsets = itertools.cycle([(), (None,), (0,), (), (None,), (1,)])
     for i, mapped in enumerate(itertools.product((False, True), repeat=4)):
         axes = [(i + j) % (rank + 1) for j, rank in enumerate(RANKS)]
         in_axes = tuple(axis if m else None for axis, m in zip(axes, mapped, strict=True))
         if any(mapped):
-            yield in_axes, (i % 5, i % 4), next(origins)
+            yield (*in_axes, *next(offsets)), (i % 5, i % 4), next(origins)
     for origin in ("none", "inside", "outside", "mapped"):
         yield (0, 0, 0, 0), (0, 0), origin
         yield (0, None, None, None), (0, 0), origin
+    yield (None, None, None, None, 0), (0, 0), "none"
 
 
 def vmapped_call(in_axes, out_axes, origin, implementation):
-    """(q, k_cache, block_table, cache_seqlens) -> vmap of the op, its schedule from `origin`."""
+    """The arguments -> vmap of the op, its schedule from `origin`."""
 
     def make(lengths):
         return fm.get_mla_metadata(lengths, 8, 1, num_sms=3, implementation=implementation)
@@ -119,13 +137,12 @@ def vmapped_call(in_axes, out_axes, origin, implementation):
         elif origin in ("outside", "mapped"):
             metadata = make(lengths if axis is None else jnp.take(lengths, 0, axis))
 
-        def call(q, k_cache, block_table, lengths, metadata):
+        def call(metadata, *arrays):
             if origin == "inside":
-                metadata = make(lengths)
-            arrays = (q, k_cache, block_table, lengths)
-            return decode(*arrays, metadata=metadata, causal=True, implementation=implementation)
+                metadata = make(arrays[3])
+            return causal_decode(*arrays, metadata=metadata, implementation=implementation)
 
-        return jax.vmap(call, (*in_axes, metadata_axis), out_axes)(*arrays, metadata)
+        return jax.vmap(call, (metadata_axis, *in_axes), out_axes)(metadata, *arrays)
 
     return run
 
@@ -139,8 +156,8 @@ def test_vmap_of_any_subset(in_axes, out_axes, origin, implementation):
     assert not {"scan", "while"} & set(made)
     results = zip(jax.jit(run)(*arrays), out_axes, strict=True)
     out, lse = (np.moveaxis(np.asarray(x), axis, 0) for x, axis in results)
-    for i, inputs in examples.items():
-        cases.assert_decode_close((out[i], lse[i]), cases.expected_decode(inputs, causal=True))
+    for i, example in examples.items():
+        cases.assert_decode_close((out[i], lse[i]), causal_expected(*example))
 
 
 @pytest.mark.parametrize(
@@ -150,17 +167,19 @@ def test_vmap_of_any_subset(in_axes, out_axes, origin, implementation):
         ((1, 0, None, 0), (None, 0, 1, None)),
         ((None, 0, 0, None), (2, None, None, 1)),
         ((None, None, None, 1), (None, 1, 0, None)),
+        ((0, None, None, 0, 1), (0, None, None, 0, None)),
+        ((0, None, 0, None, None), (None, None, None, None, 0)),
     ],
     ids=str,
 )
 def test_nested_vmaps(outer, inner, implementation):
     arrays, examples = random_examples((2, 3), outer, inner)
-    call = functools.partial(decode, implementation=implementation)
+    call = functools.partial(causal_decode, implementation=implementation)
     run = jax.vmap(jax.vmap(call, inner), outer)
     assert primitives(run, *arrays).count("flash_mla_with_kvcache") == 1
     out, lse = jax.jit(run)(*arrays)
-    for i, inputs in examples.items():
-        cases.assert_decode_close((out[i], lse[i]), cases.expected_decode(inputs))
+    for i, example in examples.items():
+        cases.assert_decode_close((out[i], lse[i]), causal_expected(*example))
 
 
 def test_schedules_of_vmap_serve_calls_outside_it(implementation):
@@ -180,8 +199,9 @@ def test_schedules_of_vmap_serve_calls_outside_it(implementation):
 
     xs = (q, table, lengths, metadata)
     _, (out, lse) = jax.jit(lambda xs: jax.lax.scan(step, None, xs))(xs)
-    for i, inputs in examples.items():
-        cases.assert_decode_close((out[i], lse[i]), cases.expected_decode(inputs))
+    for i, example in examples.items():
+        expected = cases.expected_decode(cases.Inputs(*example))
+        cases.assert_decode_close((out[i], lse[i]), expected)
 
 
 def zeros(*shape, dtype=jnp.bfloat16):
@@ -244,22 +264,22 @@ def test_schedules_that_do_not_fit_under_vmap():
 
 
 @pytest.mark.usefixtures("kernels")
-def test_vmap_is_one_call_of_each_kernel():
+@pytest.mark.parametrize("offset", [False, True])
+def test_vmap_is_one_call_of_each_kernel(offset):
     q, k_cache, table, lengths = decode_structs()
     q, table, lengths = (struct((3, *x.shape), x.dtype) for x in (q, table, lengths))
-    run = jax.vmap(decode, (0, None, 0, 0))
-    calls = custom_calls(text_for_cuda(run, q, k_cache, table, lengths))
+    arrays = [q, k_cache, table, lengths, *([lengths] if offset else [])]
+    run = jax.vmap(causal_decode, (0, None, 0, 0, *([0] if offset else [])))
+    calls = custom_calls(text_for_cuda(run, *arrays))
     assert {target: len(lines) for target, lines in calls.items()} == {DECODE: 1, SCHEDULE: 1}
     assert "tensor<12x1x16x576xbf16>" in calls[DECODE][0]
     assert "tensor<100x64x1x576xbf16>" in calls[DECODE][0]
     (lengths,) = re.findall(r"^\((%\w+)\)", calls[SCHEDULE][0])  # the schedule is for these
-    assert re.match(rf"\(%\w+, %\w+, %\w+, {lengths}, (%\w+)#0, \1#1, \1#2[,)]", calls[DECODE][0])
+    schedule = rf"\(%\w+, %\w+, %\w+, {lengths}, (%\w+)#0, \1#1, \1#2"
+    assert re.match(schedule + (r", %\w+\)" if offset else r"\)"), calls[DECODE][0])
 
 
-PASSED_ON = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
-
-
-def placed(sharding, *shapes):
+def structs_on(sharding, *shapes):
     """Structs on a device: of floats, and of integers where the rank is at most 2."""
     return [
         struct(shape, jnp.int32 if len(shape) <= 2 else jnp.bfloat16, sharding=sharding)
@@ -273,7 +293,7 @@ def test_copies_of_the_cache_under_vmap(axis, copied, h200):
     shape = [1000, 64, 1, D_K]
     if axis is not None:
         shape.insert(axis, 3)
-    structs = placed(h200, (3, 4, 1, 16, D_K), tuple(shape), (3, 4, 10), (3, 4))
+    structs = structs_on(h200, (3, 4, 1, 16, D_K), tuple(shape), (3, 4, 10), (3, 4))
     structs[2] = struct((3, 4, 10), jnp.int32, sharding=h200)
     run = jax.vmap(functools.partial(decode, implementation="cuda"), (0, axis, 0, 0))
     hlo = jax.jit(run).lower(*structs).compile().as_text()
@@ -346,7 +366,7 @@ def test_append_to_a_cache_that_is_not_mapped_raises(in_axes):
 def test_append_under_vmap_is_in_place(axis, copied, h200):
     shape = [1000, 64, 1, D_K]
     shape.insert(axis, 3)
-    structs = placed(h200, tuple(shape), (3, 7, 1, D_K), (3, 7))
+    structs = structs_on(h200, tuple(shape), (3, 7, 1, D_K), (3, 7))
     run = jax.vmap(functools.partial(append, implementation="cuda"), (axis, 0, 0), axis)
     compiled = jax.jit(run, donate_argnums=0).lower(*structs).compile()
     hlo = compiled.as_text()
@@ -633,6 +653,39 @@ def test_export_of_a_symbolic_vmap():
     assert len(custom_calls(program.mlir_module())[DECODE]) == 1
 
 
+def causal_structs(b, pages, width, **options):
+    """Arguments of `causal_decode` with an offset."""
+    return (
+        struct((b, 2, 16, D_K), **options),
+        struct((pages, 64, 1, D_K), **options),
+        struct((b, width), jnp.int32, **options),
+        struct((b,), jnp.int32, **options),
+        struct((b,), jnp.int32, **options),
+    )
+
+
+def exported_with_an_offset(platforms):
+    """`causal_decode` in bytes."""
+    export_ = export.export(
+        jax.jit(lambda *arrays: causal_decode(*arrays)),  # one that was not lowered before
+        platforms=platforms,
+        disabled_checks=fm.EXPORT_DISABLED_CHECKS,
+    )
+    return export_(*causal_structs(*export.symbolic_shape("b, p, w"))).serialize()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("platforms", PLATFORMS)
+def test_export_with_a_causal_offset(platforms):
+    loaded = export.deserialize(exported_with_an_offset(platforms))
+    for count in (1, 5):
+        inputs = cases.make_inputs(Case(count, 2, 130, 16, varlen=True))
+        offset = np.array([-70, -500, 0, 1, -1], np.int32)[:count]
+        expected = cases.expected_decode(inputs, causal=True, causal_offset=offset)
+        actual = loaded.call(*inputs.device_arrays(), jnp.asarray(offset))
+        cases.assert_decode_close(actual, expected)
+
+
 def test_export_with_a_schedule_as_argument():
     inputs = cases.make_inputs(Case(3, 1, 100, 16, varlen=True))
     arrays = inputs.device_arrays()
@@ -649,16 +702,23 @@ def test_export_with_a_schedule_as_argument():
     assert_bit_equal(again, metadata)
 
 
+def decode_operands(compiled):
+    """How many operands the kernel's one call has; none for the shapes that were symbolic."""
+    pattern = rf".*custom-call\((.*)\), custom_call_target=\"{DECODE}\""
+    (operands,) = re.findall(pattern, compiled.as_text())
+    return operands.count("%")
+
+
 @pytest.mark.usefixtures("compiled_kernels", "kernels")
 def test_exported_symbolic_batch_compiles_for_an_h200(h200):
     loaded = export.deserialize(exported(("cpu", "cuda"), *export.symbolic_shape("b, p, w")))
     run = jax.jit(loaded.call, donate_argnums=2)
     compiled = run.lower(*serve_structs(3, 1000, 6, sharding=h200)).compile()
-    (call,) = re.findall(
-        rf".*custom-call\((.*)\), custom_call_target=\"{DECODE}\"", compiled.as_text()
-    )
-    assert len(re.findall(r"%", call)) == 7
+    assert decode_operands(compiled) == 7
     assert compiled.memory_analysis().alias_size_in_bytes >= 1000 * 64 * D_K * 2
+    loaded = export.deserialize(exported_with_an_offset(("cpu", "cuda")))
+    structs = causal_structs(3, 1000, 6, sharding=h200)
+    assert decode_operands(jax.jit(loaded.call).lower(*structs).compile()) == 8
 
 
 def test_lowered_and_compiled_by_hand():
@@ -956,19 +1016,30 @@ def test_debug_print_and_callback(implementation, capfd):
 # Costs.
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_cost(causal):
-    """Counted query by query."""
+@pytest.mark.parametrize(
+    ("causal", "offset", "seen"),
+    [
+        (False, None, [70, 0, 0, 1]),
+        (True, None, [70, 0, 0, 1]),
+        (True, [-6, 5, 5, 2**31 - 1], [64, 0, 0, 1]),
+        (True, [1, -1, 0, -(2**31)], [70, 0, 0, 0]),
+    ],
+)
+def test_cost(causal, offset, seen):
+    """Counted query by query; `seen` is what the last one of a sequence sees."""
     lengths = np.array([70, 0, -3, 1], np.int32)
     q, k_cache = struct((4, 3, 8, D_K)), struct((9, 64, 2, D_K), jnp.bfloat16)
-    scores = sum(
-        8 * max(max(int(n), 0) - (2 - i if causal else 0), 0) for n in lengths for i in range(3)
-    )
-    assert fm.decode_cost(q, k_cache, lengths, D_V, causal) == {
+    scores = 0
+    for n, moved in zip(lengths.tolist(), offset or [0] * 4, strict=True):
+        for i in range(3):
+            boundary = n - 3 + i + moved if causal else n
+            scores += 8 * sum(j <= boundary for j in range(n))
+    ids = sum(-(-n // 64) for n in seen)
+    assert fm.decode_cost(q, k_cache, lengths, D_V, causal, causal_offset=offset) == {
         "flops": 2.0 * scores * (D_K + D_V),
         "transcendentals": float(scores),
-        "bytes accessed": 2 * (71 * 2 * D_K + 4 * 3 * 8 * (D_K + D_V))  # cache, q and out
-        + 4 * (2 + 1 + 4 + 4 * 3 * 8),  # page ids, lengths, lse
+        "bytes accessed": 2 * (sum(seen) * 2 * D_K + 4 * 3 * 8 * (D_K + D_V))  # cache, q and out
+        + 4 * (ids + 4 + (4 if offset else 0) + 4 * 3 * 8),  # page ids, lengths, offsets, lse
     }
 
 
@@ -1002,6 +1073,7 @@ def test_xla_counts_no_flops_for_the_kernel():
         ([1, 2, 3], D_V, False, ValueError, r"cache_seqlens has shape \[3\].*must be 2"),
         ([1, 2], 512.0, False, TypeError, "head_dim_v must be a static Python int"),
         ([1, 2], D_V, 1, TypeError, "causal must be a static Python bool"),
+        ([[1, 2]], D_V, False, ValueError, r"cache_seqlens must have shape \[b\], got \[1, 2\]"),
     ],
 )
 def test_misuse_of_the_cost(lengths, d_v, causal, error, message):
@@ -1013,3 +1085,11 @@ def test_cost_of_traced_lengths():
     q, k_cache = struct((2, 1, 4, D_K)), struct((9, 64, 1, D_K))
     with pytest.raises(TypeError, match=r"cache_seqlens must be values.*outside jit"):
         jax.jit(lambda n: fm.decode_cost(q, k_cache, n, D_V))(jnp.ones(2, jnp.int32))
+
+
+def test_cost_of_an_offset_without_a_mask():
+    q, k_cache = struct((2, 1, 4, D_K)), struct((9, 64, 1, D_K))
+    with pytest.raises(ValueError, match="causal_offset moves the boundary"):
+        fm.decode_cost(q, k_cache, [1, 2], D_V, causal_offset=[0, 0])
+    with pytest.raises(ValueError, match=r"causal_offset has shape \[3\].*must be 2"):
+        fm.decode_cost(q, k_cache, [1, 2], D_V, causal=True, causal_offset=[0, 0, 0])
