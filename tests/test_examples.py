@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from lowering import PASSED_ON, operations_on
 
+import jax_flashmla
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["--layers=2", "--batch=3", "--heads=2", "--steps=20", "--prompt=40", "--width=64"]
 
@@ -147,6 +149,11 @@ def test_use_in_the_readme():
         np.testing.assert_allclose(
             lse[i, :, 0], (np.log(total) + scores.max(axis=-1, keepdims=True))[:, 0], rtol=1e-4
         )
+
+
+def test_public_names_stand_in_the_readme():
+    named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text("utf-8")))
+    assert set(jax_flashmla.__all__) - {"__version__"} <= named
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
