@@ -316,26 +316,6 @@ def test_parts_of_a_sequence_join_to_the_whole(s_q, implementation):
     cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
 
 
-@pytest.mark.parametrize("axis", [None, 0, 1])
-def test_vmap_of_a_causal_offset(axis, implementation):
-    inputs = cases.make_inputs(Case(3, 2, 100, 8))
-    offsets = np.array([[0, -7, 1], [-70, 5, -1]], np.int32)
-    mapped = offsets[0] if axis is None else np.moveaxis(offsets, 0, axis)
-
-    def call(q, offset):
-        _, *rest = inputs.device_arrays()
-        return fm.flash_mla_with_kvcache(
-            q, *rest, D_V, causal=True, causal_offset=offset, implementation=implementation
-        )
-
-    qs = np.stack([inputs.q, inputs.q[::-1]])
-    out, lse = jax.vmap(call, (0, axis))(jnp.asarray(qs), jnp.asarray(mapped))
-    for i in range(2):
-        offset = offsets[0 if axis is None else i]
-        expected = cases.expected_decode(inputs.replace(q=qs[i]), causal=True, causal_offset=offset)
-        cases.assert_decode_close((out[i], lse[i]), expected)
-
-
 # What only the device can see.
 
 
