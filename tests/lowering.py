@@ -66,6 +66,12 @@ def operations_on(elements, hlo):
     return names
 
 
+def copies_in(hlo, shape=None):
+    """The instructions that copy an array of this shape, or of any with an axis."""
+    dims = r"\d[\d,]*" if shape is None else ",".join(map(str, shape))
+    return re.findall(rf"= \(?\w+\[{dims}\].*? copy(?:-start)?\(", hlo)
+
+
 def cpu_mesh(sizes, names, types=AxisType.Auto):
     """A mesh of CPU devices."""
     devices = np.array(jax.devices("cpu")[: int(np.prod(sizes))]).reshape(sizes)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import copies_in
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 COLUMNS = {
@@ -120,10 +121,6 @@ def test_overlap_of_calls_is_found(monkeypatch):
     assert overlap.summarize(apart, 2)[1] == 0
     assert overlap.summarize([("decode", 0.0, 5.0), ("decode", 4.5, 9.0)], 2)[1] == 0.5
     assert overlap.summarize(apart, 3)[1] is None
-
-
-def copies_in(text):
-    return re.findall(r"= (?:bf16|s32|f32)\[\d\S* copy(?:-start)?\(", text)
 
 
 @pytest.mark.parametrize("made_in_call", [False, True])

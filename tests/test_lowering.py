@@ -14,6 +14,7 @@ from lowering import (
     APPEND,
     DECODE,
     SCHEDULE,
+    copies_in,
     custom_calls,
     decode,
     decode_structs,
@@ -260,12 +261,6 @@ def compile_loop(implementation, loop, pages, sharding):
     return decode_loop(implementation, loop).lower(*structs).compile()
 
 
-def copies_of(text, shape):
-    """Instructions in HLO text that copy an array of this shape."""
-    dims = ",".join(map(str, shape))
-    return re.findall(rf"= bf16\[{dims}\]\S* copy(?:-start)?\(.*", text)
-
-
 @pytest.mark.parametrize("loop", ["fori_loop", "scan", "while_loop"])
 @pytest.mark.parametrize("implementation", ["cuda", "xla"])
 def test_cache_stays_in_place(loop, implementation, h200, request):
@@ -277,7 +272,7 @@ def test_cache_stays_in_place(loop, implementation, h200, request):
         memory, text = compiled.memory_analysis(), compiled.as_text()
         shape = (LAYERS * pages, PAGE, 1, D_K)
         assert memory.alias_size_in_bytes >= np.prod(shape) * 2
-        assert not copies_of(text, shape)
+        assert not copies_in(text, shape)
         temporary.append(memory.temp_size_in_bytes)
         if implementation == "cuda":
             assert {DECODE, SCHEDULE, APPEND} <= set(re.findall(r"jax_flashmla_\w+", text))

@@ -22,6 +22,7 @@ from lowering import (
     DECODE,
     PASSED_ON,
     SCHEDULE,
+    copies_in,
     custom_calls,
     decode,
     decode_structs,
@@ -850,11 +851,10 @@ def test_one_copy_of_a_cache_that_is_not_donated(loop, donated, h200):
     structs = jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=h200), loop_state(k_cache))
     run = jax.jit(functools.partial(loop, step), donate_argnums=0 if donated else ())
     hlo = run.lower(structs).compile().as_text()
-    shape = ",".join(map(str, k_cache.shape))
     copies = [
         computation.split(None, 1)[0]
         for computation in re.split(r"\n(?=\S)", hlo)
-        for _ in re.findall(rf"= bf16\[{shape}\]\S* copy(?:-start)?\(", computation)
+        for _ in copies_in(computation, k_cache.shape)
     ]
     assert copies == ([] if donated else ["ENTRY"])
     others = operations_on(k_cache.size, hlo) - PASSED_ON - {"custom-call"}
