@@ -23,6 +23,9 @@ ifeq ($(version),)
 $(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
 endif
 
+# The tests that depend most on the version of jax.
+across := $(addprefix tests/test_,transforms.py sharding.py lowering.py decode.py merge.py cache.py schedule.py)
+
 .PHONY: demo test test-gpu sanitize lint format clean
 
 demo: $(installed)
@@ -30,6 +33,15 @@ demo: $(installed)
 
 test: $(installed)
 	JAX_PLATFORMS=cpu $(bin)/pytest -n auto --maxprocesses 8 -m "not gpu" $(PYTEST_ARGS)
+
+# With another Python, from PATH or from pyenv: make test-on-3.13. Each gets the newest jax that
+# there is for it; for 3.11 that is 0.10.2, the oldest supported.
+test-on-%:
+	for python in python$* $(wildcard $(HOME)/.pyenv/versions/$*.*/bin/python); do \
+	  if $$python -c 'import ensurepip' 2> /dev/null; then \
+	    $(MAKE) test VENV=.venv-$* PYTHON=$$python PYTEST_ARGS="$(across) $(PYTEST_ARGS)"; exit; \
+	  fi; \
+	done; echo "there is no Python $* with venv" >&2; exit 1
 
 # On a machine with a Hopper GPU; without one it fails.
 test-gpu: $(installed)
@@ -53,7 +65,7 @@ format: $(installed)
 	$(bin)/clang-format -i $(cxx)
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-* build dist
 
 # The install is editable: a change to Python code needs no other, a change to what is compiled
 # makes one. A venv of another Python is made anew.

@@ -3,6 +3,10 @@
     python benchmarks/decode.py                 all cases, some minutes
     python benchmarks/decode.py --quick         a dozen cases, under a minute
     python benchmarks/decode.py --profile       kernel by kernel, and whether calls overlap
+    python benchmarks/decode.py --all           all cases, and what the next three options time
+    python benchmarks/decode.py --layers        a jitted step of 61 layers
+    python benchmarks/decode.py --variants      fp16, other page sizes
+    python benchmarks/decode.py --growth        batch 1 to 4096, length 64 to 1M
     python benchmarks/decode.py --smoke         tiny shapes on the CPU: does the script run
 
 README.md beside this file says how FlashMLA is found and what the rules of timing are.
@@ -26,6 +30,10 @@ def parse_arguments(argv):
     parser.add_argument("--page-block-size", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="few cases, few repeats")
     parser.add_argument("--profile", action="store_true", help="profile one round of each case")
+    parser.add_argument("--all", action="store_true", help="the cases and all of the sections")
+    parser.add_argument("--layers", action="store_true", help="a step of 61 layers, alone")
+    parser.add_argument("--variants", action="store_true", help="fp16 and page sizes, alone")
+    parser.add_argument("--growth", action="store_true", help="series of batch and length, alone")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, no GPU, no peer")
     parser.add_argument("--flashmla", help="path of _flashmla_C.abi3.so (or $FLASHMLA_SO)")
     parser.add_argument("--no-peer", action="store_true")
@@ -35,13 +43,19 @@ def parse_arguments(argv):
     parser.add_argument(
         "--rest", type=float, default=0.05, help="pause before a repeat, in seconds"
     )
+    parser.add_argument("--sustain", type=float, default=0.15, help="lasting load for the "
+                        "compute-bound cases, in seconds; 0: none")  # fmt: skip
     parser.add_argument("--budget", type=float, default=540, help="stop after so many seconds")
     parser.add_argument("--commit", help="commit to record, where there is no .git")
     options = parser.parse_args(argv)
     if options.smoke:
         options.implementation = options.implementation or "xla"
-        options.no_peer = True
+        options.no_peer, options.sustain, options.rest = True, 0.01, 0.0
         os.environ["JAX_PLATFORMS"] = "cpu"
+    options.table = options.all or not (options.layers or options.variants or options.growth)
+    options.layers |= options.all
+    options.variants |= options.all
+    options.growth |= options.all
     brief = options.quick or options.smoke
     options.implementation = options.implementation or "cuda"
     options.repeats = options.repeats or (3 if brief else 7)

@@ -2,11 +2,8 @@
 
 import collections
 import dataclasses
-import json
 import math
-import pathlib
 import statistics
-import subprocess
 import time
 import traceback
 
@@ -17,10 +14,11 @@ import numpy as np
 import overlap
 import workloads
 from peers import FlashMLA, find_flashmla
+from power import Meter, sustain
+from results_file import SECTIONS, Results, commit_of
 from rounds import Compiler, Inputs, OpRound, Shapes, make_pool
-from timing import open_sm_clock, time_rounds
+from timing import time_rounds
 
-HERE = pathlib.Path(__file__).resolve().parent
 MAX_REL_ERR = 1e-2
 BASELINE_CALLS = 2
 
@@ -54,62 +52,40 @@ def open_peer(options):
         return None
 
 
-def commit_of(options):
-    if options.commit:
-        return options.commit
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40",
-               "--exclude=*"]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+class Machine:
+    """What all sections share: the peer, clock and power."""
 
+    def __init__(self, options):
+        self.peer = open_peer(options)
+        self.meter = Meter(found=not options.smoke)
 
-class Results:
-    """The results file, rewritten whole after every row."""
-
-    def __init__(self, path, append, device, commit):
-        self.path, self.kept = path, []
-        self.data = {"device": device, "commit": commit, "ceilings": {}, "rows": []}
-        if append and path is not None and path.exists():
-            old = json.loads(path.read_text())
-            if (old["device"], old["commit"]) == (device, commit):
-                self.kept, self.data["ceilings"] = old["rows"], old["ceilings"]
-        self.errors = []
-
-    def add(self, case, row):
-        self.data["rows"].append(row)
-        self.kept = [old for old in self.kept if workloads.case_of(old) != case]
-        self.save()
-
-    def save(self):
-        if self.path is None:
-            return
-        order = {case: i for i, case in enumerate(workloads.all_cases())}
-        rows = self.kept + self.data["rows"]
-        rows.sort(key=lambda row: order.get(workloads.case_of(row), len(order)))
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        head = {key: value for key, value in self.data.items() if key != "rows"}
-        if self.errors:
-            head["errors"] = self.errors
-        text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + lines + "\n ]\n}\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(text)
-        temporary.replace(self.path)
+    @property
+    def sm_clock(self):
+        return self.meter.nvml.mhz if self.meter.nvml is not None else None
 
 
 class Bench:
-    """What all cases share: the options, the pool, the peer, the compiled functions."""
+    """What some cases share: the options, the pool, the peer, the compiled functions."""
 
-    def __init__(self, options, cases):
-        self.options, self.cases = options, cases
-        self.peer = open_peer(options)
-        self.sm_clock = None if options.smoke else open_sm_clock()
-        self.pool = make_pool(cases, self.calls)
+    kinds = ("given", "made")  # of ours: with metadata given, or made by each call
+    sets_checked = None  # all
+    sample = None  # of sequences that are checked: all
+    reuse_pages = False
+
+    def __init__(self, options, cases, machine, limit=None):
+        self.options, self.cases, self.machine = options, cases, machine
+        self.peer = machine.peer
+        self.pool = make_pool(cases, self.calls, limit)
         self.pool.block_until_ready()
         self.compiler = Compiler()
 
     def calls(self, case):
-        return 3 if self.options.smoke else case.calls
+        return 2 if self.options.smoke else case.calls
+
+    def loops(self, case):
+        if self.options.profile:
+            return 1  # the kernels of one round, and nothing else
+        return 2 if self.options.smoke else case.loops
 
     def peer_for(self, case):
         return self.peer if self.peer is not None and self.peer.supports(case) else None
@@ -120,22 +96,22 @@ class Bench:
         return self.options.smoke or (full and "jax_xla_us" in stored)
 
     def outs_checked(self, case):
-        return 2 + (self.peer_for(case) is not None)
+        return len(self.kinds) + (self.peer_for(case) is not None)
 
     def compile(self):
         """Starts all compilations, then waits for them."""
         implementation = self.options.implementation
         for case in self.cases:
             key = case.shape_key
-            shapes = Shapes(case, self.pool.shape[0], self.calls(case))
+            shapes = Shapes(case, self.pool.shape[0], self.calls(case), self.loops(case))
             submit = self.compiler.submit
             submit((key, "draw"), shapes.draw)
             submit((key, "metadata"), shapes.metadata, implementation)
-            submit((key, "given"), shapes.round, implementation, False)
-            submit((key, "made"), shapes.round, implementation, True)
+            for kind in self.kinds:
+                submit((key, kind), shapes.round, implementation, kind == "made")
             if self.options.profile:
                 continue
-            submit((key, "errors"), shapes.errors, self.outs_checked(case))
+            submit((key, "errors"), shapes.errors, self.outs_checked(case), self.sample)
             if self.has_baseline(case):
                 submit((key, "xla-metadata"), shapes.metadata, "xla")
                 submit((key, "xla"), shapes.round, "xla", False, BASELINE_CALLS)
@@ -143,15 +119,14 @@ class Bench:
 
     def inputs(self, case):
         draw = self.compiler[case.shape_key, "draw"]
-        return Inputs(case, draw, self.pool, self.calls(case))
+        return Inputs(case, draw, self.pool, self.calls(case), self.reuse_pages)
 
-    def given(self, case, inputs):
-        metadata = self.compiler[case.shape_key, "metadata"](inputs.lengths)
-        function = self.compiler[case.shape_key, "given"]
-        return OpRound(function, inputs, metadata, self.calls(case))
-
-    def made(self, case, inputs):
-        return OpRound(self.compiler[case.shape_key, "made"], inputs, (), self.calls(case))
+    def op_round(self, case, inputs, kind):
+        metadata = ()
+        if kind == "given":
+            metadata = self.compiler[case.shape_key, "metadata"](inputs.lengths)
+        function = self.compiler[case.shape_key, kind]
+        return OpRound(function, inputs, metadata, self.calls(case), self.loops(case))
 
     def baseline_us(self, case, inputs):
         metadata = self.compiler[case.shape_key, "xla-metadata"](inputs.lengths)
@@ -165,17 +140,17 @@ class Bench:
         """The largest (rel_err, lse_err) over all input sets: one pair for each result."""
         errors = self.compiler[case.shape_key, "errors"]
         found = []
-        for i, (q, table) in enumerate(zip(inputs.qs, inputs.tables, strict=True)):
+        sets = list(zip(inputs.qs, inputs.tables, strict=True))[: self.sets_checked]
+        for i, (q, table) in enumerate(sets):
             outs, lses = [r.outs[i] for r in results], [r.lses[i] for r in results]
             found.append(errors(inputs.pool, q, table, inputs.lengths, outs, lses))
         return np.max(np.asarray(jax.device_get(found), np.float64), axis=0).T
 
-    def measure(self, case):
-        """One result row."""
-        options, inputs, peer = self.options, self.inputs(case), self.peer_for(case)
-        given, made = self.given(case, inputs), self.made(case, inputs)
-        results = [given, made]
-        rounds = {"given": given.round, "made": made.round}
+    def rivals(self, case, inputs):
+        """({name: round}, their results): ours, then the peer if there is one."""
+        ours = {kind: self.op_round(case, inputs, kind) for kind in self.kinds}
+        rounds = {kind: op_round.round for kind, op_round in ours.items()}
+        results, peer = list(ours.values()), self.peer_for(case)
         if peer is not None:
             try:
                 rounds["peer"], theirs = peer.prepare(
@@ -184,46 +159,70 @@ class Bench:
                 results.append(theirs)
             except Exception as error:
                 print(f"{case.name}: no peer: {type(error).__name__}: {error}", flush=True)
-                results.append(given)  # the compiled check takes three results
+                results.append(results[0])  # the compiled check takes that many results
+        return rounds, results
+
+    def measure(self, case):
+        """One result row."""
+        options, inputs = self.options, self.inputs(case)
+        rounds, results = self.rivals(case, inputs)
         times = time_rounds(
             rounds,
             repeats=options.repeats,
             seconds=options.seconds,
             rest=options.rest,
-            sm_clock=self.sm_clock,
+            sm_clock=self.machine.sm_clock,
         )
         found = self.check(case, inputs, results)
-        return self.row(case, times, found, inputs)
+        row = self.row(case, times, found)
+        if self.has_baseline(case):
+            row["jax_us"] = round(self.baseline_us(case, inputs), 1)
+        return row | self.sustained(case, rounds, times)
 
-    def row(self, case, times, found, inputs):
-        us, floor = times["given"].us, case.floor_us()
+    def row(self, case, times, found):
+        us, floor, ours = times["given"].us, case.floor_us(), len(self.kinds)
         peer_us = times["peer"].us if "peer" in times else None
-        row = case.row() | {
-            "us": round(us, 2),
-            "us_with_metadata": round(times["made"].us, 2),
+        row = case.row() | {"us": round(us, 2)}
+        if "made" in times:
+            row["us_with_metadata"] = round(times["made"].us, 2)
+        row |= {
             "floor_us": round(floor, 2),
             "of_floor": round(floor / us, 4),
             "peer": self.peer.name if peer_us else None,
             "peer_us": round(peer_us, 2) if peer_us else None,
             "ratio": round(peer_us / us, 4) if peer_us else None,
-            "rel_err": float(f"{np.max(found[:2, 0]):.3g}"),
-            "lse_err": float(f"{np.max(found[:2, 1]):.3g}"),
+            "rel_err": float(f"{np.max(found[:ours, 0]):.3g}"),
+            "lse_err": float(f"{np.max(found[:ours, 1]):.3g}"),
             "spread": round(times["given"].spread, 4),
             "host_us": round(times["given"].host_us, 2),
             "sm_mhz": times["given"].sm_mhz,
         }
         if peer_us:
-            row["peer_rel_err"] = float(f"{found[2, 0]:.3g}")
-        if self.has_baseline(case):
-            row["jax_us"] = round(self.baseline_us(case, inputs), 1)
+            row["peer_rel_err"] = float(f"{found[ours, 0]:.3g}")
         return row
+
+    def sustained(self, case, rounds, times):
+        """The columns of lasting load, for the cases that the card's power limits."""
+        seconds, columns = self.options.sustain, {}
+        if not seconds or not (workloads.is_sustained(case) or self.options.smoke):
+            return columns
+        for prefix, name in (("", "given"), ("peer_", "peer")):
+            if name not in rounds:
+                continue
+            time.sleep(self.options.rest)
+            found = sustain(rounds[name], times[name].us, seconds, self.machine.meter)
+            columns[f"{prefix}sustained_us"] = round(found.us, 2)
+            columns[f"{prefix}sustained_mhz"] = found.mhz
+            columns[f"{prefix}sustained_watts"] = found.watts
+        time.sleep(4 * self.options.rest)  # the next case begins as cool as the others
+        return columns
 
     def profile(self, case):
         """Prints the kernels of one round each; returns the largest overlap of our calls."""
         inputs, peer = self.inputs(case), self.peer_for(case)
         found = []
-        for kind, make in {"given": self.given, "made": self.made}.items():
-            op_round = make(case, inputs)
+        for kind in self.kinds:
+            op_round = self.op_round(case, inputs, kind)
             scratch = self.compiler[case.shape_key, kind].memory_analysis().temp_size_in_bytes
             title = f"{case.name}, ours, metadata {kind}, {scratch / 1e6:.1f} MB of scratch in all"
             found.append(print_kernels(title, op_round.round))
@@ -247,10 +246,11 @@ HEADER = (
 
 def format_row(case, row):
     peer_us, ratio = row["peer_us"] or math.nan, row["ratio"] or math.nan
+    with_metadata = row.get("us_with_metadata", math.nan)
     late = "  (the host is late)" if row["host_us"] > 0.8 * row["us"] else ""
     wrong = "" if row["rel_err"] <= MAX_REL_ERR else "  WRONG"
     return (
-        f"{case.name:24s} {row['us']:8.2f} {row['us_with_metadata']:8.2f} "
+        f"{case.name:24s} {row['us']:8.2f} {with_metadata:8.2f} "
         f"{row['floor_us']:8.2f} {row['of_floor']:6.1%} {peer_us:8.2f} {ratio:6.3f} "
         f"{row['rel_err']:8.1e} {row['spread']:6.1%} {row['sm_mhz'] or 0:5d}{late}{wrong}"
     )
@@ -263,30 +263,41 @@ def device_works():
         return False
 
 
+def guarded(results, name, function, *args):
+    """What `function` returns; None, with a line in the results' errors, if it fails."""
+    try:
+        return function(*args)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        results.errors.append(f"{name}: {text[:300]}")
+        print(f"{name:24s} FAILED {text[:400]}", flush=True)
+        if len(results.errors) == 1:
+            traceback.print_exc()
+        return None
+
+
+def out_of_time(options, results, what, started):
+    """Whether the budget is spent, which is then noted."""
+    if time.monotonic() - started <= options.budget:
+        return False
+    results.errors.append(f"out of time: {what}")
+    print(results.errors[-1], flush=True)
+    return True
+
+
 def run_all(bench, results, started):
     """Measures every case; a case that fails is noted and the others go on."""
-    consecutive = 0
     print(HEADER, flush=True)
     for number, case in enumerate(bench.cases):
-        if time.monotonic() - started > bench.options.budget:
-            left = len(bench.cases) - number
-            results.errors.append(f"out of time: {left} cases left, from {case.name}")
-            print(results.errors[-1], flush=True)
+        left = f"{len(bench.cases) - number} cases left, from {case.name}"
+        if out_of_time(bench.options, results, left, started):
             break
-        try:
-            row = bench.measure(case)
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            results.errors.append(f"{case.name}: {text[:300]}")
-            print(f"{case.name:24s} FAILED {text[:400]}", flush=True)
-            consecutive += 1
-            if consecutive == 1:
-                traceback.print_exc()
+        row = guarded(results, case.name, bench.measure, case)
+        if row is None:
             if not device_works():
                 print("the device no longer works; stopping", flush=True)
                 break
             continue
-        consecutive = 0
         results.add(case, row)
         print(format_row(case, row), flush=True)
     results.save()
@@ -317,6 +328,36 @@ def print_summary(rows):
         print(f"{name}: {len(ratios)} cases, geometric mean {mean:.3f}, least {min(ratios):.3f}")
 
 
+def run_cases(options, machine, results, cases, started):
+    """The cases of the table, or their profile; the exit status."""
+    bench = Bench(options, cases, machine)
+    bench.compile()
+    print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
+    if options.profile:
+        return profile_all(bench)
+    if not options.quick:
+        results.data["ceilings"] = ceilings.measure(bench.pool, 256 if options.smoke else 8192)
+        print(results.data["ceilings"], flush=True)
+    run_all(bench, results, started)
+    print_summary(results.data["rows"])
+    bench.compiler.close()
+    return 0
+
+
+def run_sections(options, machine, results, started):
+    """The sections that are asked for, one after the other."""
+    import sections  # which builds on this module
+
+    for name in SECTIONS:
+        if not getattr(options, name) or out_of_time(options, results, name, started):
+            continue
+        results.begin(name)
+        run = getattr(sections, f"run_{name}")
+        guarded(results, name, run, options, machine, results, started)
+        results.save()
+        print(f"{name}: after {time.monotonic() - started:.0f} s", flush=True)
+
+
 def main(options):
     started = time.monotonic()
     cases = select_cases(options)
@@ -325,20 +366,17 @@ def main(options):
     device = jax.devices()[0]
     sms = getattr(device, "core_count", 0)
     name = f"{device.device_kind}, {sms} SMs, jax {jax.__version__}"
-    print(f"{len(cases)} cases on {name}, implementation {options.implementation}", flush=True)
-    bench = Bench(options, cases)
-    bench.compile()
-    print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{len(cases) if options.table else 0} cases on {name}, "
+          f"implementation {options.implementation}", flush=True)  # fmt: skip
+    machine = Machine(options)
+    append = options.append if options.table else "sections"
+    results = Results(options.out, append, name, commit_of(options))
+    status = run_cases(options, machine, results, cases, started) if options.table else 0
     if options.profile:
-        return profile_all(bench)
-    results = Results(options.out, options.append, name, commit_of(options))
-    if not options.quick:
-        results.data["ceilings"] = ceilings.measure(bench.pool, 256 if options.smoke else 8192)
-        print(results.data["ceilings"], flush=True)
-    run_all(bench, results, started)
-    print_summary(results.data["rows"])
-    bench.compiler.close()
+        return status
+    run_sections(options, machine, results, started)
     print(f"{len(results.data['rows'])} rows, {len(results.errors)} errors, "
           f"{time.monotonic() - started:.0f} s", *results.errors, sep="\n")  # fmt: skip
-    wrong = [row for row in results.data["rows"] if not row["rel_err"] <= MAX_REL_ERR]
+    rows = results.data["rows"] + [row for s in results.sections.values() for row in s["rows"]]
+    wrong = [row for row in rows if not row["rel_err"] <= MAX_REL_ERR]
     return 1 if wrong or results.errors else 0

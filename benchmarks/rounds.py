@@ -5,7 +5,8 @@ own; lengths, and metadata where it is given, are shared, as by the layers of a 
 output buffers are donated, so that every round writes where the last one wrote: XLA's command
 buffers then never have to be updated, and each round depends on the one before. Within a round
 the calls share one scratch buffer, which orders them; decode.py --profile shows that they do
-not overlap.
+not overlap. Rounds that the device finishes sooner than Python dispatches the next one run
+several times inside the jitted function, in a loop.
 """
 
 import concurrent.futures
@@ -28,13 +29,17 @@ MAX_POOL_TOKENS = 67584 * 64  # 5 GB; a case that needs more gets more
 ORACLE_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-def make_pool(cases, calls):
-    """One random pool, [pages, page_block_size, 1, 576], that serves all cases of one dtype."""
+def make_pool(cases, calls, limit=None):
+    """One random pool, [pages, page_block_size, 1, 576], that serves all cases of one dtype.
+
+    With a `limit` in tokens, cases that need more have to use pages more than once.
+    """
     dtype, page = DTYPES[cases[0].dtype], cases[0].page_block_size
     tokens = 0
     for case in cases:
         one = case.pages() * case.page_block_size
         tokens = max(tokens, one, min(one * calls(case), MAX_POOL_TOKENS))
+    tokens = min(tokens, limit or tokens)
     chunk = min(POOL_CHUNK_TOKENS, -(-tokens // 256) * 256)
     chunks = -(-tokens // chunk)
 
@@ -67,14 +72,33 @@ def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementat
     return [out for out, _ in results], [lse for _, lse in results]
 
 
+def _rounds(outs, lses, pool, qs, tables, lengths, metadata, *, loops, **options):
+    """The round, `loops` times.
+
+    Lengths, which every call reads, pass through the loop's carry and wait for the last result:
+    so XLA cannot move calls out of the loop. The results of a turn are those of the last one's
+    buffers.
+    """
+
+    def body(_, carry):
+        lengths = carry[2]
+        outs, lses = _round(carry[0], carry[1], pool, qs, tables, lengths, metadata, **options)
+        lengths, lses = jax.lax.optimization_barrier((lengths, lses))
+        return outs, lses, lengths
+
+    if loops == 1:
+        return _round(outs, lses, pool, qs, tables, lengths, metadata, **options)
+    return jax.lax.fori_loop(0, loops, body, (outs, lses, lengths))[:2]
+
+
 class Shapes:
     """The compiled functions of one shape key."""
 
-    def __init__(self, case, pool_pages, calls):
-        self.case, self.calls = case.shape_key, calls
+    def __init__(self, case, pool_pages, calls, loops=1, sharding=None):
+        self.case, self.calls, self.loops = case.shape_key, calls, loops
         b, s, h, page = case.batch, case.s_q, case.h_q, case.page_block_size
         dtype, i32 = DTYPES[case.dtype], jnp.int32
-        struct = jax.ShapeDtypeStruct
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
         self.q = struct((b, s, h, HEAD_DIM_K), dtype)
         self.out = struct((b, s, h, HEAD_DIM_V), dtype)
         self.lse = struct((b, h, s), jnp.float32)
@@ -99,23 +123,30 @@ class Shapes:
         return jax.jit(make).lower(self.lengths).compile()
 
     def round(self, implementation, made_in_call, calls=None):
-        """The round with its metadata given, or made by each call."""
+        """The rounds, compiled."""
+        return self.lower_round(implementation, made_in_call, calls).compile()
+
+    def lower_round(self, implementation, made_in_call, calls=None):
+        """The rounds with their metadata given, or made by each call."""
+        loops = self.loops if calls is None else 1
         calls = calls or self.calls
         make = functools.partial(_metadata, self.case, implementation)
         metadata = () if made_in_call else jax.eval_shape(make, self.lengths)
-        function = functools.partial(_round, case=self.case, implementation=implementation)
+        function = functools.partial(
+            _rounds, loops=loops, case=self.case, implementation=implementation
+        )
         # Lengths of their own keep XLA from merging the metadata of all calls into one.
         lengths = [self.lengths] * (calls if made_in_call else 1)
         function = jax.jit(function, donate_argnums=(0, 1), keep_unused=True)
         return function.lower(
             [self.out] * calls, [self.lse] * calls, self.pool, [self.q] * calls,
             [self.table] * calls, lengths, metadata,
-        ).compile()  # fmt: skip
+        )  # fmt: skip
 
-    def errors(self, outs):
+    def errors(self, outs, sample=None):
         lowered = oracle.errors.lower(
             self.pool, self.q, self.table, self.lengths, [self.out] * outs, [self.lse] * outs,
-            causal=self.case.causal,
+            causal=self.case.causal, sample=sample,
         )  # fmt: skip
         on_gpu = jax.default_backend() == "gpu"
         return lowered.compile(compiler_options=ORACLE_OPTIONS if on_gpu else None)
@@ -148,9 +179,9 @@ class Compiler:
 class Inputs:
     """The input sets of one case, on the device."""
 
-    def __init__(self, case, draw, pool, calls):
+    def __init__(self, case, draw, pool, calls, reuse=False):
         self.pool = pool
-        tables = page_tables(case, pool.shape[0], calls)
+        tables = page_tables(case, pool.shape[0], calls, reuse=reuse)
         self.tables = [jax.device_put(table) for table in tables]
         self.lengths = jnp.asarray(case.lengths(), jnp.int32)
         self._draw = draw
@@ -163,9 +194,9 @@ class Inputs:
 
 
 class OpRound:
-    """A compiled round with its inputs; `outs` and `lses` are those of the last round."""
+    """Compiled rounds with their inputs; `outs` and `lses` are those of the last round."""
 
-    def __init__(self, function, inputs, metadata, calls):
+    def __init__(self, function, inputs, metadata, calls, loops=1):
         made_in_call = not metadata
         lengths = [inputs.lengths]
         if made_in_call:
@@ -179,4 +210,4 @@ class OpRound:
         def wait():
             self.lses[-1].block_until_ready()
 
-        self.round = Round(calls, enqueue, wait)
+        self.round = Round(calls * loops, enqueue, wait)

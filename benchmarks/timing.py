@@ -84,17 +84,3 @@ def time_rounds(rounds, *, repeats, seconds, rest=0.0, sm_clock=None):
         )
         for name, values in times.items()
     }
-
-
-def open_sm_clock():
-    """A function that reads the SM clock in MHz, or None where NVML is not to be had."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
-        pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
-    except Exception as error:
-        print(f"no SM clock: {error}", flush=True)
-        return None
-    return lambda: pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)

@@ -21,6 +21,8 @@ MIN_BYTES_IN_ALL = 300e6
 # What one timed round must last so that dispatching it from the host hides behind it.
 MIN_ROUND_US = 400.0
 MIN_CALLS, MAX_CALLS = 8, 64
+# Python takes up to 15 us a call to dispatch a round, so a short one runs several times at once.
+MIN_DISPATCH_US, MAX_LOOPS = 60.0, 8
 
 HERE = pathlib.Path(__file__).resolve().parent
 PEERS_FILE = HERE / "peers_h200.json"
@@ -60,11 +62,20 @@ class Case:
 
     def floor_us(self):
         """The time that the chip needs at least, in microseconds."""
+        return max(self.compute_us(), self.memory_us())
+
+    def compute_us(self):
+        """What the arithmetic takes at least."""
+        tokens = sum(self.lengths())
+        flops = 2 * self.h_q * self.s_q * tokens * (HEAD_DIM_K + HEAD_DIM_V)
+        return 1e6 * flops / FLOOR_FLOPS
+
+    def memory_us(self):
+        """What reading the cache and the queries and writing the outputs takes at least."""
         tokens = sum(self.lengths())
         rows = self.batch * self.s_q * self.h_q
-        flops = 2 * self.h_q * self.s_q * tokens * (HEAD_DIM_K + HEAD_DIM_V)
         moved = 2 * (tokens * HEAD_DIM_K + rows * (HEAD_DIM_K + HEAD_DIM_V))
-        return 1e6 * max(flops / FLOOR_FLOPS, moved / FLOOR_BYTES)
+        return 1e6 * moved / FLOOR_BYTES
 
     def pages(self):
         """How many pages one input set needs."""
@@ -85,6 +96,12 @@ class Case:
         bytes_per_set = 2 * HEAD_DIM_K * self.batch * self.mean_len
         calls = max(MIN_BYTES_IN_ALL / bytes_per_set, MIN_ROUND_US / max(uniform.floor_us(), 6.0))
         return min(max(math.ceil(calls), MIN_CALLS), MAX_CALLS)
+
+    @functools.cached_property
+    def loops(self):
+        """How many times the round runs inside its jitted function."""
+        uniform = dataclasses.replace(self, varlen=False)
+        return min(math.ceil(MIN_DISPATCH_US / max(uniform.floor_us(), 6.0)), MAX_LOOPS)
 
     @property
     def shape_key(self):
@@ -112,10 +129,20 @@ def case_of(row):
 
 
 @functools.cache
+def _peers_file():
+    with open(PEERS_FILE, encoding="utf-8") as f:
+        return json.load(f)
+
+
+@functools.cache
 def stored_peers():
     """Measured figures of the peers: {case: row of peers_h200.json}."""
-    with open(PEERS_FILE, encoding="utf-8") as f:
-        return {case_of(row): row for row in json.load(f)["dense"]}
+    return {case_of(row): row for row in _peers_file()["dense"]}
+
+
+def stored_ceilings():
+    """The ceilings of the card that the peers' figures were measured on."""
+    return _peers_file()["ceilings"]
 
 
 def all_cases():
@@ -145,28 +172,79 @@ QUICK = [
     Case(128, 2, 128, 4096),
 ]
 
+# What a model runs, with its layers in one jitted function.
+LAYERS = 61
+LAYER_CASES = [Case(16, 1, 128, 4096), Case(128, 1, 128, 4096), Case(16, 1, 1, 4096)]
+
+# What is timed in other forms beside its bf16, page 64 twin.
+TWINS = [
+    Case(16, 1, 128, 4096),
+    Case(128, 1, 128, 4096),
+    Case(16, 1, 64, 8192),
+    Case(16, 1, 128, 1024),
+]
+VARIANTS = [("fp16", 64), ("bf16", 16), ("bf16", 32), ("bf16", 128), ("bf16", 256)]
+
+GROWTH_HEADS = (16, 128)
+GROWTH_LENGTH, GROWTH_BATCHES = 4096, tuple(2**i for i in range(13))
+GROWTH_LENGTHS = tuple(4**i for i in range(3, 11))  # 64 to 1M
+GROWTH_LENGTH_BATCHES = (1, 128)
+
+
+def growth_cases():
+    """A series over the batch, and series over the length; what a peer may not bear comes last."""
+    cases = [Case(h, 1, batch, GROWTH_LENGTH) for h in GROWTH_HEADS for batch in GROWTH_BATCHES]
+    cases += [
+        Case(h, 1, batch, length)
+        for h in GROWTH_HEADS
+        for batch in GROWTH_LENGTH_BATCHES
+        for length in GROWTH_LENGTHS
+    ]
+
+    def order(case):
+        return case.batch > 1024, case.batch * case.mean_len, case.batch, case.h_q
+
+    return sorted(set(cases), key=order)
+
+
+def is_sustained(case):
+    """Whether the card's power limits the case, so that it is timed under lasting load too."""
+    return case.h_q * case.s_q >= 128 and case.batch >= 64 and case.mean_len >= 4096
+
+
 SMOKE = [
     Case(4, 1, 2, 100),
     Case(4, 2, 3, 70, varlen=True),
 ]
 
 
-def page_tables(case, pool_pages, sets, seed=0):
+def page_tables(case, pool_pages, sets, seed=0, reuse=False):
     """Block tables i32[sets, batch, width] over one pool, its pages handed out in random order.
 
     Sets share no page as long as the pool has enough of them; columns past the end of a
-    sequence hold 0.
+    sequence hold 0. With `reuse` a case may need more pages than there are: it then goes
+    through the whole pool, in the same order, as often as it takes.
     """
     rng = np.random.default_rng(seed)
     needed = case.pages()
+    if needed > pool_pages and reuse:
+        pool_pages = rng.permutation(pool_pages)
+        return _fill_tables(case, [np.resize(pool_pages, needed)] * sets)
     if needed > pool_pages:
         raise ValueError(f"{case.name} needs {needed} pages, the pool has {pool_pages}")
-    tables = np.zeros((sets, case.batch, case.table_width), np.int32)
-    free = rng.permutation(pool_pages)
-    for table in tables:
+    free, taken = rng.permutation(pool_pages), []
+    for _ in range(sets):
         if len(free) < needed:
             free = rng.permutation(pool_pages)
-        taken, free = free[:needed], free[needed:]
+        taken.append(free[:needed])
+        free = free[needed:]
+    return _fill_tables(case, taken)
+
+
+def _fill_tables(case, pages):
+    """Block tables in which the sequences take the `pages` of each set one after the other."""
+    tables = np.zeros((len(pages), case.batch, case.table_width), np.int32)
+    for table, taken in zip(tables, pages, strict=True):
         start = 0
         for row, length in zip(table, case.lengths(), strict=True):
             count = math.ceil(length / case.page_block_size)

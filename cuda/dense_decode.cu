@@ -43,6 +43,7 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "combine.h"
@@ -93,6 +94,8 @@ struct Piece {
   int32_t num_tiles;   // may be 0
   int32_t slot;        // of the partial result; -1: the request is not split
   int32_t invalid;     // a page id outside the pool, or a length beyond the table
+  // Within [-length, s_q], beyond which it would change nothing.
+  int32_t causal_offset;
 
   // Its pages in the block table: from one up to, not including, the other.
   __device__ __forceinline__ int FirstPage(int page_shift) const {
@@ -126,6 +129,7 @@ static_assert(sizeof(SharedMemoryPlan<__half>) <= 227 * 1024);
 struct DecodeParams {
   const int32_t* block_table;    // [b, max_blocks]
   const int32_t* cache_seqlens;  // [b]
+  const int32_t* causal_offset;  // [b], or null
   TileSchedule schedule;
   void* out;           // [b, h_kv, rows, d_v]
   float* lse;          // [b, h_q, s_q]
@@ -232,6 +236,11 @@ class Planner {
     const int splits = schedule.num_splits[piece.request + 1] - schedule.num_splits[piece.request];
     piece.invalid = length > capacity;
     piece.length = piece.invalid ? static_cast<int>(capacity) : max(length, 0);
+    piece.causal_offset = 0;
+    if (params_.causal_offset != nullptr) {
+      piece.causal_offset =
+          min(max(params_.causal_offset[piece.request], -piece.length), params_.s_q);
+    }
     const int tiles = piece.length / kTileTokens + (piece.length % kTileTokens != 0);
     const int split = first == 0 ? 0 : work.part - schedule.first_part[piece.request];
     // The last split runs to the actual length, whatever the schedule was made for.
@@ -454,10 +463,9 @@ class Scorer {
       Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
       const Piece& piece = smem_.pieces[piece_.Slot()];
       const int num_tiles = piece.num_tiles, first_tile = piece.first_tile;
-      const int length = piece.length;
-      const int visible[2] = {VisibleKeys(first_row + FragmentRow(), length),
-                              VisibleKeys(first_row + FragmentRow() + 8, length)};
-      const int all_visible = VisibleKeys(first_row, length);
+      const int visible[2] = {VisibleKeys(first_row + FragmentRow(), piece),
+                              VisibleKeys(first_row + FragmentRow() + 8, piece)};
+      const int all_visible = VisibleKeys(first_row, piece);
       OnlineSoftmax softmax;
       if (num_tiles > 0) {
         LoadQueries();
@@ -492,10 +500,13 @@ class Scorer {
   }
 
  private:
-  // Keys that query row `row` sees: the first ones, up to the bottom-right aligned diagonal.
-  __device__ __forceinline__ int VisibleKeys(int row, int length) const {
+  // Keys that query row `row` sees: the first ones, up to the bottom-right aligned diagonal, which
+  // the offset moves.
+  __device__ __forceinline__ int VisibleKeys(int row, const Piece& piece) const {
+    const int length = piece.length;
     if (!params_.causal) return length;
-    return min(length, max(0, length - params_.s_q + row / params_.group + 1));
+    const int first = length - params_.s_q + piece.causal_offset;
+    return min(length, max(0, first + row / params_.group + 1));
   }
 
   __device__ __forceinline__ void LoadQueries() {
@@ -979,9 +990,9 @@ ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
 ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
                            ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
                            I32<2> part_bounds, I32<1> first_part, I32<1> num_splits,
-                           ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
-                           F32Result<4> o_partial, F32Result<3> lse_partial, float softmax_scale,
-                           bool causal) {
+                           std::optional<I32<1>> causal_offset, ffi::Result<ffi::AnyBuffer> out,
+                           F32Result<3> lse, F32Result<4> o_partial, F32Result<3> lse_partial,
+                           float softmax_scale, bool causal) {
   JAX_FLASHMLA_CHECK(CheckOperands(q, k_cache));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   const int64_t batch = q_dims[0], kv_heads = q_dims[1], rows = q_dims[2];
@@ -997,6 +1008,9 @@ ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "part_bounds", part_bounds.dimensions(), {num_parts + 1, 2}));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", first_part.dimensions(), {batch}));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", num_splits.dimensions(), {batch + 1}));
+  if (causal_offset) {
+    JAX_FLASHMLA_CHECK(CheckShape(kOp, "causal_offset", causal_offset->dimensions(), {batch}));
+  }
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "out", out->dimensions(), {batch, kv_heads, rows, kHeadDimV}));
   JAX_FLASHMLA_CHECK(
       CheckShape(kOp, "softmax_lse", lse->dimensions(), {batch, kv_heads * (rows / s_q), s_q}));
@@ -1010,6 +1024,7 @@ ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q
   const DecodeParams params = {
       .block_table = block_table.typed_data(),
       .cache_seqlens = cache_seqlens.typed_data(),
+      .causal_offset = causal_offset ? causal_offset->typed_data() : nullptr,
       .schedule = {.part_bounds = reinterpret_cast<const PartBound*>(part_bounds.typed_data()),
                    .first_part = first_part.typed_data(),
                    .num_splits = num_splits.typed_data(),
@@ -1048,6 +1063,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
                                   .Arg<I32<2>>()
                                   .Arg<I32<1>>()
                                   .Arg<I32<1>>()
+                                  .OptionalArg<I32<1>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<F32<3>>()
                                   .Ret<F32<4>>()

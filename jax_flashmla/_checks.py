@@ -25,6 +25,14 @@ def check_axis(name: str, x, axis: int, expected: int, why: str) -> None:
         )
 
 
+def check_offset_has_mask(causal: bool) -> None:
+    if not causal:
+        raise ValueError(
+            "causal_offset moves the boundary of the causal mask, which causal=False turns off; "
+            "pass causal=True with it, also for one query a sequence, or leave it out"
+        )
+
+
 def static_int(name: str, value, minimum: int = 1) -> int:
     """A Python (or numpy) integer of at least `minimum`; a traced or device value raises."""
     if isinstance(value, jax.Array) or not isinstance(value, numbers.Integral | np.integer):

@@ -12,6 +12,7 @@ import re
 
 import jax
 import jaxlib
+from jax import export
 
 try:
     _C = importlib.import_module("._C", __package__)
@@ -23,6 +24,16 @@ else:
 
 COMPUTE_CAPABILITY = "9.0"
 """The kernels use instructions that only this compute capability (Hopper) has."""
+
+TARGETS = ("jax_flashmla_append_kv", "jax_flashmla_dense_decode", "jax_flashmla_tile_scheduler")
+"""The names of the kernels in programs; also those that were not built here."""
+
+EXPORT_DISABLED_CHECKS = tuple(map(export.DisabledSafetyCheck.custom_call, TARGETS))
+"""What `jax.export.export` needs as its `disabled_checks`.
+
+It refuses programs with calls that it does not know to be stable, and these let the kernels pass.
+An exported program calls the kernels by name: whoever runs it imports a jax_flashmla that has them.
+"""
 
 
 def _runtime_ffi_api() -> tuple[int, int] | None:

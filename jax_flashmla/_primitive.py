@@ -84,7 +84,11 @@ class Op:
         )
 
     def _lower_reference(self, ctx, *args, implementation, **params):
-        return mlir.lower_fun(self.reference, multiple_results=True)(ctx, *args, **params)
+        return self._lower(self.reference, ctx, *args, **params)
+
+    def _lower(self, form, ctx, *args, **params):
+        named = jax.named_scope(self.name)(form)  # so that profiles show the op's name
+        return mlir.lower_fun(named, multiple_results=True)(ctx, *args, **params)
 
     def _lower_elsewhere(self, ctx, *args, implementation, **params):
         if implementation == "cuda":
@@ -99,7 +103,7 @@ class Op:
         if not self._takes_kernel(ctx.avals_in, implementation, params):
             return self._lower_reference(ctx, *args, implementation=implementation, **params)
         _refuse_partitioning(self.name, ctx.module_context.axis_context)
-        return mlir.lower_fun(self.kernel, multiple_results=True)(ctx, *args, **params)
+        return self._lower(self.kernel, ctx, *args, **params)
 
     def _takes_kernel(self, avals, implementation, params) -> bool:
         if implementation == "xla":

@@ -26,6 +26,8 @@ def append_kv_cache(
 
     One buffer may hold the pages of all layers; then offset slots and block tables by layer.
 
+    Under vmap the cache must be mapped; along axis 0, in and out, it is updated in place.
+
     Args:
       k_cache: [num_blocks, page_block_size, h_kv, d_k], bf16, fp16 or f32.
       new_kv: [tokens, h_kv, d_k] in k_cache's dtype; [tokens, d_k] where h_kv is 1.
@@ -39,7 +41,8 @@ def append_kv_cache(
 
     Raises:
       TypeError, ValueError: an argument is not as described.
-      NotImplementedError: implementation is "cuda" and there is no kernel here.
+      NotImplementedError: implementation is "cuda" and there is no kernel here; or vmap maps the
+        tokens and not the cache.
     """
     k_cache, new_kv, slot_mapping = map(jnp.asarray, (k_cache, new_kv, slot_mapping))
     check_array("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", _DTYPES)

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import reference
-from ._checks import check_array, check_axis, static_bool, static_int, static_positive_float
+from ._checks import (
+    check_array,
+    check_axis,
+    check_offset_has_mask,
+    static_bool,
+    static_int,
+    static_positive_float,
+)
 from ._primitive import Op
 from .schedule import TileSchedulerMetadata, get_mla_metadata, get_mla_metadata_op
 
@@ -26,6 +33,7 @@ def flash_mla_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool = False,
     *,
+    causal_offset: jax.Array | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of a few new queries over a paged cache of latent KV (MLA).
@@ -50,6 +58,10 @@ def flash_mla_with_kvcache(
         same results, only slower.
       softmax_scale: a static Python number, finite and above 0; default d_k ** -0.5.
       causal: query i of a sequence sees its first cache_seqlens - s_q + 1 + i tokens.
+      causal_offset: i32 [b], default 0, only with causal: moves that boundary, so that query i
+        sees token j where j < cache_seqlens and j <= cache_seqlens - s_q + i + causal_offset. For
+        a cache that holds only a run of each sequence's tokens, and so may end before the queries
+        do; any int32 will do.
       implementation: "auto": our kernel on a Hopper GPU, plain JAX elsewhere; "cuda": the kernel
         or an error; "xla": plain JAX.
 
@@ -76,6 +88,11 @@ def flash_mla_with_kvcache(
         "softmax_scale", d_k**-0.5 if softmax_scale is None else softmax_scale
     )
     causal = static_bool("causal", causal)
+    if causal_offset is not None:
+        causal_offset = jnp.asarray(causal_offset)
+        check_array("causal_offset", causal_offset, "b", (jnp.int32,))
+        check_axis("causal_offset", causal_offset, 0, b, "the batch of q")
+        check_offset_has_mask(causal)
 
     rows = s_q * h_q // h_kv
     if (tile_scheduler_metadata is None) != (num_splits is None):
@@ -99,9 +116,11 @@ def flash_mla_with_kvcache(
         tile_scheduler_metadata.part_bounds,
         tile_scheduler_metadata.first_part,
         num_splits,
+        *_optional(causal_offset),
         head_dim_v=d_v,
         softmax_scale=scale,
-        causal=causal and s_q > 1,
+        # One query sees all keys, unless an offset says otherwise.
+        causal=causal and (s_q > 1 or causal_offset is not None),
         implementation=implementation,
     )
     return out, lse
@@ -126,6 +145,11 @@ def _check_shapes(q, k_cache, block_table, cache_seqlens):
         )
 
 
+def _optional(operand):
+    """The operand that an op has only where it is given."""
+    return () if operand is None else (operand,)
+
+
 def _check_metadata(metadata, num_splits, b, rows, h_kv):
     if not isinstance(metadata, TileSchedulerMetadata):
         raise TypeError(
@@ -142,10 +166,17 @@ def _check_metadata(metadata, num_splits, b, rows, h_kv):
             raise ValueError(
                 f"tile_scheduler_metadata was made for {field}={theirs}, but this call has {ours} "
                 f"{what}; make it with get_mla_metadata(cache_seqlens, {rows}, {h_kv}) for the "
-                f"{b} sequences of this call"
+                f"{b} sequences of this call, in jax.shard_map from the device's own lengths"
             )
-    check_array("num_splits", num_splits, "b+1", (jnp.int32,))
-    check_axis("num_splits", num_splits, 0, b + 1, "one more than the batch of q")
+    for name, x, axes, shape in (
+        ("tile_scheduler_metadata.part_bounds", metadata.part_bounds, "parts+1 2",
+         (metadata.num_parts + 1, 2)),
+        ("tile_scheduler_metadata.first_part", metadata.first_part, "b", (b,)),
+        ("num_splits", num_splits, "b+1", (b + 1,)),
+    ):  # fmt: skip
+        check_array(name, x, axes, (jnp.int32,))
+        for axis, size in enumerate(shape):
+            check_axis(name, x, axis, size, "as get_mla_metadata made it for this batch")
 
 
 def _result_types(
@@ -156,6 +187,7 @@ def _result_types(
     part_bounds,
     first_part,
     num_splits,
+    causal_offset=None,
     *,
     head_dim_v,
     softmax_scale,
@@ -166,9 +198,17 @@ def _result_types(
 
 
 def _reference(
-    q, k_cache, block_table, cache_seqlens, part_bounds, first_part, num_splits, **params
+    q,
+    k_cache,
+    block_table,
+    cache_seqlens,
+    part_bounds,
+    first_part,
+    num_splits,
+    causal_offset=None,
+    **params,
 ):
-    return reference.decode(q, k_cache, block_table, cache_seqlens, **params)
+    return reference.decode(q, k_cache, block_table, cache_seqlens, causal_offset, **params)
 
 
 def _kernel(
@@ -179,6 +219,7 @@ def _kernel(
     part_bounds,
     first_part,
     num_splits,
+    causal_offset=None,
     *,
     head_dim_v,
     softmax_scale,
@@ -194,6 +235,7 @@ def _kernel(
             k_cache,
             block_table,
             cache_seqlens,
+            causal_offset,
             head_dim_v=head_dim_v,
             softmax_scale=softmax_scale,
             causal=causal,
@@ -219,6 +261,7 @@ def _kernel(
         part_bounds,
         first_part,
         num_splits,
+        *_optional(causal_offset),
         softmax_scale=np.float32(softmax_scale),
         causal=causal,
     )
@@ -246,22 +289,32 @@ def _kernel_gap(q, k_cache, *_, head_dim_v, softmax_scale, causal):
 def _batch(args, dims, *, implementation, **params):
     """Folds the mapped axis into the batch, with one schedule for all of it."""
     n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    q, k_cache, block_table, cache_seqlens = args[:4]
-    q, block_table, cache_seqlens = (
-        jnp.broadcast_to(x, (n, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
-        for x, d in ((q, dims[0]), (block_table, dims[2]), (cache_seqlens, dims[3]))
+    by_sequence = (0, 2, 3, *range(7, len(args)))  # q, table, lengths, the offset if given
+    q, block_table, cache_seqlens, *causal_offset = (
+        jnp.broadcast_to(args[i], (n, *args[i].shape))
+        if dims[i] is None
+        else jnp.moveaxis(args[i], dims[i], 0)
+        for i in by_sequence
     )
+    k_cache = args[1]
     if dims[1] is not None:
         k_cache, block_table = _fold_caches(jnp.moveaxis(k_cache, dims[1], 0), block_table)
-    q, block_table, cache_seqlens = (
-        x.reshape(-1, *x.shape[2:]) for x in (q, block_table, cache_seqlens)
+    q, block_table, cache_seqlens, *causal_offset = (
+        x.reshape(-1, *x.shape[2:]) for x in (q, block_table, cache_seqlens, *causal_offset)
     )
     bounds_shape = [size for axis, size in enumerate(args[4].shape) if axis != dims[4]]
     schedule = get_mla_metadata_op(
         cache_seqlens, num_parts=bounds_shape[0] - 1, implementation=implementation
     )
     results = flash_mla_with_kvcache_op(
-        q, k_cache, block_table, cache_seqlens, *schedule, implementation=implementation, **params
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        *schedule,
+        *causal_offset,
+        implementation=implementation,
+        **params,
     )
     return [x.reshape(n, -1, *x.shape[1:]) for x in results], [0, 0]
 

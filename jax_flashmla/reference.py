@@ -28,6 +28,7 @@ _COST_LIMIT = 2**30  # the sum of all costs stays below, so that int32 serves th
 # What decode reads at a time: enough to keep a machine busy, and a bound on temporary memory.
 _CHUNK_TOKENS = 1024  # of each sequence
 _CHUNK_ELEMENTS = 2**25  # of K in float32
+_SYMBOLIC_BATCH = 128  # what a batch counts for in that bound where jax.export leaves it open
 
 
 def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ...]:
@@ -68,7 +69,8 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     )
 
     cut = jnp.arange(num_parts + 1, dtype=jnp.int32) * payload
-    request = jnp.searchsorted(end, cut, side="right").astype(jnp.int32)
+    # Comparing with every end is a search that also serves a symbolic batch (jax.export).
+    request = jnp.sum(end[None] <= cut[:, None], axis=1, dtype=jnp.int32)
     tile = cut - start[jnp.minimum(request, b - 1)] - REQUEST_OVERHEAD
     behind = (request == b) | (jnp.arange(num_parts + 1) == num_parts)
     part_bounds = jnp.stack(
@@ -117,11 +119,17 @@ def _ceil_div(x, divisor):
     return x // divisor + (x % divisor > 0).astype(x.dtype)
 
 
+def _size(dim, otherwise: int) -> int:
+    """A dimension where it is known, `otherwise` where it is symbolic."""
+    return dim if isinstance(dim, int) else otherwise
+
+
 def decode(
     q: jax.Array,
     k_cache: jax.Array,
     block_table: jax.Array,
     cache_seqlens: jax.Array,
+    causal_offset: jax.Array | None = None,
     *,
     head_dim_v: int,
     softmax_scale: float,
@@ -137,6 +145,7 @@ def decode(
       k_cache: [pages, page, h_kv, d_k], in q's dtype.
       block_table: i32 [b, mb].
       cache_seqlens: i32 [b].
+      causal_offset: i32 [b], or None for 0.
 
     Returns:
       out [b, s_q, h_q, head_dim_v] in q's dtype and lse f32 [b, h_q, s_q].
@@ -154,6 +163,8 @@ def decode(
     visible = jnp.broadcast_to(length[:, None], (b, s_q))  # tokens that each query sees
     if causal:
         visible = visible + (jnp.arange(s_q, dtype=jnp.int32) - (s_q - 1))[None]
+        if causal_offset is not None:
+            visible = _add_offset(visible, causal_offset[:, None], length[:, None])
 
     out, lse = _attend(
         _rows_by_kv_head(q, h_kv).astype(jnp.float32) * softmax_scale,
@@ -168,6 +179,11 @@ def decode(
     out = out.reshape(b, h_kv, s_q, -1, head_dim_v).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(b, h_kv, s_q, -1).transpose(0, 1, 3, 2)
     return out.reshape(b, s_q, h_q, head_dim_v).astype(q.dtype), lse.reshape(b, h_q, s_q)
+
+
+def _add_offset(visible, offset, length):
+    """visible + offset within [0, length], for visible <= length, without an int32 overflow."""
+    return jnp.maximum(visible + jnp.clip(offset, -length, length - visible), 0)
 
 
 def _rows_by_kv_head(q, h_kv):
@@ -193,8 +209,9 @@ def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
     mb = page_ids.shape[1]
     if mb == 0 or k_cache.shape[0] == 0:
         return jnp.zeros_like(q[..., :head_dim_v]), jnp.full_like(q[..., 0], jnp.inf)
-    elements = b * page * h_kv * d_k  # of one page of each sequence
-    step = max(1, min(mb, _CHUNK_TOKENS // page, _CHUNK_ELEMENTS // elements))  # pages a chunk
+    elements = _size(b, _SYMBOLIC_BATCH) * page * h_kv * d_k  # of one page of each sequence
+    step = min(_CHUNK_TOKENS // page, _CHUNK_ELEMENTS // elements)  # pages a chunk
+    step = max(1, min(_size(mb, step), step))
 
     def attend_chunk(i, state):
         maximum, total, acc = state

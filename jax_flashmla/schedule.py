@@ -1,9 +1,11 @@
 """The tile schedule of a decode step: which part of the GPU reads which tokens."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from . import _ffi, reference
 from ._checks import check_array, static_int
@@ -31,6 +33,15 @@ class TileSchedulerMetadata:
     num_heads_per_head_k: int = dataclasses.field(metadata={"static": True})
     num_heads_k: int = dataclasses.field(metadata={"static": True})
     num_parts: int = dataclasses.field(metadata={"static": True})
+
+
+# For exported functions that take or return a schedule.
+export.register_pytree_node_serialization(
+    TileSchedulerMetadata,
+    serialized_name="jax_flashmla.TileSchedulerMetadata",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
 
 
 def get_mla_metadata(

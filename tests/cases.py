@@ -112,7 +112,9 @@ def make_inputs(case: Case, *, lengths=None, max_blocks=None) -> Inputs:
     return Inputs(q, k_cache, table, lengths)
 
 
-def expected_decode(inputs: Inputs, *, d_v=D_V, softmax_scale=None, causal=False):
+def expected_decode(
+    inputs: Inputs, *, d_v=D_V, softmax_scale=None, causal=False, causal_offset=None
+):
     """Unpaged attention in float64, sequence by sequence.
 
     Returns:
@@ -134,7 +136,10 @@ def expected_decode(inputs: Inputs, *, d_v=D_V, softmax_scale=None, causal=False
             kv = tokens[:, head // (h_q // h_kv)].astype(np.float64)
             scores = inputs.q[i, :, head].astype(np.float64) @ kv.T * scale
             for s in range(s_q):
-                seen = max(length - s_q + 1 + s, 0) if causal else length
+                seen = length
+                if causal:
+                    offset = 0 if causal_offset is None else int(causal_offset[i])
+                    seen = min(max(length - s_q + 1 + s + offset, 0), length)
                 if seen == 0:
                     continue
                 weights = np.exp(scores[s, :seen] - scores[s, :seen].max())

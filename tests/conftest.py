@@ -10,7 +10,9 @@ if not os.path.exists("/dev/nvidiactl"):
 import functools
 
 import jax
+import lowering
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flashmla import _ffi
 
@@ -39,3 +41,23 @@ def pytest_runtest_setup(item):
 def implementation(request) -> str:
     """The reference everywhere, the kernel on a GPU."""
     return request.param
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Lets programs be lowered with kernels that were not built."""
+    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(_ffi, "other_device", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def h200():
+    """A sharding on one H200 that is not there."""
+    return NamedSharding(lowering.h200_mesh((1,), ("x",)), PartitionSpec())
+
+
+@pytest.fixture
+def compiled_kernels():
+    """XLA compiles only calls of handlers that are registered."""
+    if _ffi._NOT_REGISTERED is not None:
+        pytest.skip(_ffi._NOT_REGISTERED)

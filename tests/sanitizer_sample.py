@@ -10,7 +10,16 @@ import jax_flashmla as fm
 
 
 def run(
-    lengths, h_q, *, s_q=1, h_kv=1, page=64, dtype=jnp.bfloat16, bad_page=False, implementation
+    lengths,
+    h_q,
+    *,
+    s_q=1,
+    h_kv=1,
+    page=64,
+    dtype=jnp.bfloat16,
+    bad_page=False,
+    offsets=None,
+    implementation,
 ):
     """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN."""
     rng = np.random.default_rng(0)
@@ -35,6 +44,7 @@ def run(
         cache_seqlens,
         D_V,
         causal=s_q > 1,
+        causal_offset=None if offsets is None else jnp.asarray(offsets, jnp.int32),
         implementation=implementation,
     )
     finite = np.isfinite(np.asarray(out.astype(jnp.float32))).all(axis=(1, 2, 3))
@@ -49,5 +59,6 @@ if __name__ == "__main__":
     run([300, 0, 700], 128, **chosen)
     run([130, 90], 128, s_q=2, page=16, bad_page=True, **chosen)
     run([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16, **chosen)
+    run([300, 40, 0, 1000], 32, s_q=4, offsets=[7, -30, 5, -2000], **chosen)
     run([70] * 140, 64, page=128, **chosen)
     print("all kernels ran")

@@ -1,14 +1,20 @@
-"""The benchmark's own rules: floors, inputs, the gate; and that it runs, on the CPU."""
+"""The benchmark's own rules: floors, inputs, gate and goals; and that it runs, on the CPU."""
 
 import copy
+import dataclasses
+import importlib
 import json
 import pathlib
 import re
 import subprocess
 import sys
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import copies_in
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 COLUMNS = {
@@ -26,10 +32,14 @@ def workloads(monkeypatch):
 
 
 @pytest.fixture
-def report(workloads):
-    import report
+def bench(workloads):
+    """Imports a module of the benchmark by its name."""
+    return importlib.import_module
 
-    return report
+
+@pytest.fixture
+def report(bench):
+    return bench("report")
 
 
 def passing_results(workloads):
@@ -113,19 +123,382 @@ def test_overlap_of_calls_is_found(monkeypatch):
     assert overlap.summarize(apart, 3)[1] is None
 
 
+@pytest.mark.parametrize("made_in_call", [False, True])
+@pytest.mark.usefixtures("compiled_kernels")
+def test_short_rounds_run_in_a_loop(made_in_call, workloads, bench, h200):
+    """All calls stay in its body, nothing is copied, and a turn is one graph."""
+    case, calls, loops = workloads.Case(16, 1, 2, 4096), 5, 7
+    shapes = bench("rounds").Shapes(case, 1000, calls, loops, sharding=h200)
+    lowered = shapes.lower_round("cuda", made_in_call)
+    compiled, launches = bench("layers").compile_and_count(lowered, loops, {})
+    text = compiled.as_text()
+    body = re.search(r"while\(.*body=%?([\w.]+)", text)[1]
+    body = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.MULTILINE | re.DOTALL)[0]
+    for target in ("dense_decode", *["tile_scheduler"] * made_in_call):
+        assert body.count(f'"jax_flashmla_{target}"') == calls
+        assert text.count(f'"jax_flashmla_{target}"') == calls
+    assert not copies_in(body)
+    assert launches[0] == loops
+    assert launches[1] <= 1  # the loop's counter, before it
+
+
+def test_rounds_in_a_loop_give_what_one_gives(workloads, bench):
+    rounds = bench("rounds")
+    case = workloads.SMOKE[0]
+    pool = rounds.make_pool([case], lambda _: 1)
+    results = []
+    for loops in (1, 3):
+        shapes = rounds.Shapes(case, pool.shape[0], 1, loops)
+        inputs = rounds.Inputs(case, shapes.draw(), pool, 1)
+        metadata = shapes.metadata("xla")(inputs.lengths)
+        op_round = rounds.OpRound(shapes.round("xla", False), inputs, metadata, 1, loops)
+        assert op_round.round.calls == loops
+        op_round.round.enqueue()
+        results.append((op_round.outs, op_round.lses))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert not np.isnan(np.asarray(results[0][0][0], np.float32)).any()
+
+
+def test_short_rounds_are_long_enough_to_dispatch(workloads):
+    loops = {case: case.loops for case in workloads.all_cases()}
+    assert loops[workloads.Case(16, 1, 1, 4096)] == 8
+    assert loops[workloads.Case(16, 1, 128, 4096)] == 1
+    for case, count in loops.items():
+        assert case.calls * count * max(case.floor_us(), 6.0) >= 400
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_step_of_layers_has_all_its_calls(workloads, bench, h200):
+    layers = bench("layers")
+    shapes = bench("rounds").Shapes(workloads.Case(16, 1, 2, 4096), 1000, 6, sharding=h200)
+    expected = {"unrolled": (6, (1, 0)), "scan": (1, None), "scan, graphs of 1": (1, None)}
+    found = {}
+    for form in layers.FORMS:
+        compiled, found[form] = layers.compile_step(shapes, form, 6, 3, "cuda")
+        text = compiled.as_text()
+        assert text.count('"jax_flashmla_dense_decode"') == expected[form][0]
+        assert text.count('"jax_flashmla_tile_scheduler"') == 1
+        assert not copies_in(text)
+    assert found["unrolled"] == expected["unrolled"][1]
+    assert found["scan"][0] == 0
+    assert found["scan"][1] >= 6
+    assert found["scan, graphs of 1"][0] >= 6
+    assert found["scan, graphs of 1"][1] == 0
+
+
+def test_layers_give_what_their_form_says(workloads, bench):
+    """Unrolled, every layer's result; scanned, the last one's; each on its own pages."""
+    layers, rounds = bench("layers"), bench("rounds")
+    case, count, distinct = workloads.SMOKE[0], 2, 2
+    pool = rounds.make_pool([case], lambda _: distinct)
+    shapes = rounds.Shapes(case, pool.shape[0], count)
+    inputs = rounds.Inputs(case, shapes.draw(), pool, count)
+    first = jnp.asarray(workloads.page_tables(case, case.pages(), 1)[0])
+    tables = [first + i % distinct * case.pages() for i in range(count)]
+    check = shapes.errors(1)
+    for form, checked in (("unrolled", (0, 1)), ("scan", (1,))):
+        compiled, _ = layers.compile_step(shapes, form, count, distinct, "xla")
+        step = layers.LayerRound(
+            compiled, inputs.poisoned(count), inputs.qs, pool, first, inputs.lengths
+        )
+        step.round.enqueue()
+        for i in checked:
+            operands = (inputs.qs[i], tables[i], inputs.lengths, [step.outs[i]], [step.lses[i]])
+            assert float(check(pool, *operands)[0][0]) < 5e-3
+            other = (inputs.qs[i], tables[i - 1], inputs.lengths, [step.outs[i]], [step.lses[i]])
+            assert i == 0 or float(check(pool, *other)[0][0]) > 0.1
+
+
+def test_launches_are_counted(bench):
+    count = bench("layers").count_launches
+    text = """000: kCommandBuffer [source       | next=004 (1)]
+    001: kCopy         [source | sink] kCopy
+    003: kCustomCall   [source | sink] kCustomCall
+004: kWhile         [prev=000 (1) | sink        ]
+condition:
+    005: kCustomKernel [source | sink] loop_compare_fusion
+  body:
+    000: kCommandBuffer [source | sink]
+        006: kCustomKernel [source       | next=007 (1)] loop_add_fusion
+        008: kCustomCall   [prev=006 (2) | sink        ] kCustomCall
+    009: kCustomCall [source | sink]
+010: kCopy [source | sink]
+"""
+    assert count(text, 61) == (62, 62)
+
+
+def test_growth_covers_its_range(workloads):
+    cases = workloads.growth_cases()
+    assert len(set(cases)) == len(cases)
+    for heads in (16, 128):
+        ours = [case for case in cases if case.h_q == heads]
+        batches = {case.batch for case in ours if case.mean_len == 4096}
+        assert {1, 2, 64, 1024, 4096} <= batches
+        for batch in (1, 128):
+            lengths = {case.mean_len for case in ours if case.batch == batch}
+            assert {64, 1024, 2**20} <= lengths
+
+
+def test_pages_are_reused_in_turn_where_the_pool_is_small(workloads):
+    case = workloads.Case(4, 1, 3, 640)
+    with pytest.raises(ValueError, match="needs 30 pages, the pool has 7"):
+        workloads.page_tables(case, 7, 1)
+    (table,) = workloads.page_tables(case, 7, 1, reuse=True)
+    pages = table[:, :10].reshape(-1)
+    assert sorted(pages[:7]) == list(range(7))
+    np.testing.assert_array_equal(pages[7:], pages[:-7])
+
+
+def test_a_sample_of_sequences_is_checked(workloads, bench):
+    """The first and the last are in it; what is not is not looked at."""
+    case = workloads.Case(2, 1, 5, 64)
+    rounds = bench("rounds")
+    pool = rounds.make_pool([case], lambda _: 1)
+    shapes = rounds.Shapes(case, pool.shape[0], 1)
+    inputs = rounds.Inputs(case, shapes.draw(), pool, 1)
+    metadata = shapes.metadata("xla")(inputs.lengths)
+    op_round = rounds.OpRound(shapes.round("xla", False), inputs, metadata, 1)
+    op_round.round.enqueue()
+    check = shapes.errors(1, 3)
+    for sequence, seen in ((0, True), (1, False), (2, True), (4, True)):
+        wrong = op_round.outs[0].at[sequence].set(jnp.nan)
+        error, _ = check(
+            pool, inputs.qs[0], inputs.tables[0], inputs.lengths, [wrong], op_round.lses
+        )
+        assert np.isnan(float(error[0])) == seen
+
+
+class FakeNvml:
+    """Clock and power that fall from reading to reading."""
+
+    def __init__(self, fails=False):
+        self.readings, self.fails = 0, fails
+
+    def mhz(self):
+        if self.fails:
+            raise OSError("no driver")
+        self.readings += 1
+        return 1980 if self.readings < 4 else 1500
+
+    def watts(self):
+        return 700.4
+
+
+@pytest.mark.parametrize("nvml", [FakeNvml(), FakeNvml(fails=True), None])
+def test_lasting_load_is_timed_and_read(nvml, bench):
+    power, timing = bench("power"), bench("timing")
+    meter = power.Meter(found=False)
+    meter.nvml, pending = nvml, []
+    round_ = timing.Round(
+        4, lambda: pending.append(0.004), lambda: (time.sleep(sum(pending)), pending.clear())
+    )
+    found = power.sustain(round_, 1000, 0.06, meter)
+    assert found.us == pytest.approx(1000, rel=0.2)
+    good = nvml is not None and not nvml.fails
+    assert (found.mhz, found.watts) == ((1500, 700) if good else (None, None))
+    assert not pending
+
+
+def test_the_later_readings_count(bench):
+    sampler = bench("power").Sampler(None)
+    assert sampler.medians() == (None, None)
+    sampler.samples = [(1980, 300.0)] * 5 + [(1500, 700.0)] * 4
+    assert sampler.medians() == (1500, 700)
+
+
+def test_the_probed_clock_counts_where_there_is_one(bench):
+    power, timing = bench("power"), bench("timing")
+    meter = power.Meter(found=False)
+    meter.nvml, meter.probe = FakeNvml(), FakeNvml()
+    meter.probe.mhz = lambda: 1612.3
+    round_ = timing.Round(4, lambda: None, lambda: time.sleep(0.01))
+    assert power.sustain(round_, 1000, 0.01, meter).mhz == 1612
+    meter.probe = FakeNvml(fails=True)
+    assert power.sustain(round_, 1000, 0.01, meter).mhz in (1980, 1500)
+
+
+def test_the_power_limits_the_compute_bound_cases(workloads):
+    cases = [case for case in workloads.all_cases() if workloads.is_sustained(case)]
+    assert len(cases) == 19
+    assert all(case.compute_us() > case.memory_us() for case in cases)
+
+
+def results_at_the_goals(workloads, goals, ceilings):
+    """Results in which every case just reaches the strictest of its goals."""
+    rows = []
+    for case in workloads.all_cases():
+        limits = [
+            regime.limit(case, ceilings)
+            for regime in goals.REGIMES
+            if regime.covers(case) and not regime.metadata
+        ]
+        us = 0.9999 * min(limit for limit in limits if limit is not None)
+        rows.append(case.row() | {"us": us, "us_with_metadata": us + 2.9})
+    layers = [
+        case.row() | {"form": form, "us": 10.9, "alone_us": 10.0, "over": over}
+        for case in workloads.LAYER_CASES
+        for form, over in (("unrolled", 0.03), ("scan", 0.03), ("scan, graphs of 1", 1.0))
+    ]
+    variants = [
+        dataclasses.replace(case, dtype=dtype, page_block_size=page).row() | {"to_twin": 1.019}
+        for case in workloads.TWINS
+        for dtype, page in workloads.VARIANTS
+    ]
+    return {
+        "device": "GPU", "commit": "0", "ceilings": ceilings, "rows": rows,
+        "layers": {"commit": "0", "rows": layers}, "variants": {"commit": "0", "rows": variants},
+    }  # fmt: skip
+
+
+def test_goals_are_met_by_what_meets_them(workloads, bench, report, capsys):
+    goals = bench("goals")
+    results = results_at_the_goals(workloads, goals, workloads.stored_ceilings())
+    assert goals.misses(results) == []
+    assert report.print_goals(results)
+    assert "the goals are met" in capsys.readouterr().out
+    cells = goals.table_cells(results)
+    assert all(met.split(" of ")[0] == met.split(" of ")[-1] for _, _, met, _ in cells[:-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "us", "regime"),
+    [
+        ((16, 1, 64, 8192), 133.23 / 0.949, "bandwidth-bound, uniform"),
+        ((64, 2, 128, 4096), 187.2 / 0.919, "compute-bound"),
+        ((128, 2, 128, 1024), 93.6 / 0.95 + 4.6, None),
+        ((16, 1, 128, 4096, True), 134.4 / 0.879, "short or ragged"),
+        ((64, 2, 32, 4096), 46.8 / 0.849, "compute-bound, 32 x 4096"),
+        ((128, 2, 1, 32768), 30.1, "small batch, 1 x 32768"),
+        ((64, 1, 1, 131072), 75.7 / 1.49, "small batch, 1 x 131072 and 8 x 8192"),
+        ((32, 1, 1, 4096), 8.1, "latency, 1 x 4096"),
+    ],
+)
+def test_goals_are_missed_by_what_misses_them(workloads, bench, case, us, regime):
+    goals = bench("goals")
+    results = results_at_the_goals(workloads, goals, workloads.stored_ceilings())
+    for row in results["rows"]:
+        if workloads.case_of(row) == workloads.Case(*case):
+            row |= {"us": us, "us_with_metadata": us}
+    found = [line.split(": ")[0] for line in goals.misses(results)]
+    assert found == [regime] if regime else "compute-bound, 128 x 1024" not in found
+
+
+def test_metadata_and_missing_cases_are_goals_too(workloads, bench):
+    goals = bench("goals")
+    results = results_at_the_goals(workloads, goals, workloads.stored_ceilings())
+    results["rows"][0]["us_with_metadata"] += 0.2
+    results["rows"].pop()
+    metadata, missing = goals.misses(results)
+    assert metadata.startswith("metadata made by the call: h16-s1-1x4096 3.1 us")
+    assert missing.endswith(": missing")
+
+
+@pytest.mark.parametrize(
+    ("section", "number", "change", "miss"),
+    [
+        ("layers", 0, {"over": 0.031}, "a step of 61 layers, 128 x 4096: h16-s1-128x4096 unrolled"),
+        ("layers", 4, {"over": 0.031}, "a step of 61 layers, 128 x 4096: h128-s1-128x4096 scan"),
+        ("layers", 2, {"over": 2.0}, None),
+        ("layers", 6, {"us": 11.1}, "a step of 61 layers, 1 x 4096, unrolled: h16-s1-1x4096"),
+        ("variants", 0, {"to_twin": 1.031}, "fp16: h16-s1-128x4096-fp16"),
+        ("variants", 1, {"to_twin": 1.2}, None),
+        ("variants", 2, {"to_twin": 1.051}, "pages of 32: h16-s1-128x4096-p32"),
+        ("variants", 4, {"to_twin": 1.021}, "pages of 128 and 256: h16-s1-128x4096-p256"),
+    ],
+)
+def test_sections_have_goals(workloads, bench, section, number, change, miss):
+    goals = bench("goals")
+    results = results_at_the_goals(workloads, goals, workloads.stored_ceilings())
+    results[section]["rows"][number].update(change)
+    lines = goals.misses(results)
+    assert len(lines) == (miss is not None)
+    assert all(line.startswith(miss) for line in lines)
+    del results[section]
+    assert all(line.endswith(": missing") for line in goals.misses(results))
+
+
+def test_stored_figures_are_scaled_by_the_ceilings(workloads, bench):
+    goals = bench("goals")
+    stored = workloads.stored_ceilings()
+    reads, computes = workloads.Case(16, 1, 128, 4096), workloads.Case(128, 1, 128, 4096)
+    slow = {"read_gbs": stored["read_gbs"] / 1.02, "matmul_bf16_tflops": 500}
+    assert goals.best_peer_us(reads, slow) == pytest.approx(1.02 * 148.9)
+    assert goals.best_peer_us(computes, slow) == pytest.approx(1.05 * 231.1)
+    fast = {key: 2 * value for key, value in slow.items()}
+    assert goals.best_peer_us(reads, fast) == pytest.approx(0.95 * 148.9)
+    assert goals.best_peer_us(reads, {}) == 148.9
+    for case, row in workloads.stored_peers().items():
+        assert goals.best_stored_us(case) == row.get("best_peer_us")
+
+
+def test_sections_stay_until_they_are_measured_again(workloads, bench, tmp_path):
+    Results = bench("results_file").Results
+    path = tmp_path / "results.json"
+    case = workloads.Case(16, 1, 1, 4096)
+    first = Results(path, False, "GPU", "1")
+    first.add(case, case.row() | {"us": 1.0})
+    first.begin("growth")
+    first.add_to("growth", {"us": 2.0})
+    only_layers = Results(path, "sections", "GPU", "2")
+    only_layers.begin("layers")
+    only_layers.add_to("layers", {"us": 3.0})
+    data = json.loads(path.read_text())
+    assert data["commit"] == "1"
+    assert [row["us"] for row in data["rows"]] == [1.0]
+    assert data["growth"] == {"commit": "1", "rows": [{"us": 2.0}]}
+    assert data["layers"] == {"commit": "2", "rows": [{"us": 3.0}]}
+    table = Results(path, False, "GPU", "3")
+    table.add(case, case.row() | {"us": 4.0})
+    data = json.loads(path.read_text())
+    assert (data["commit"], len(data["rows"]), data["layers"]["commit"]) == ("3", 1, "2")
+    Results(path, "sections", "another GPU", "3").save()
+    assert "layers" not in json.loads(path.read_text())
+
+
 def test_the_benchmark_runs_and_is_reported(tmp_path):
     results, docs = tmp_path / "cpu.json", tmp_path / "docs"
-    decode = [sys.executable, BENCHMARKS / "decode.py", "--smoke", "--out", results]
+    decode = [sys.executable, BENCHMARKS / "decode.py", "--smoke", "--all", "--out", results]
     subprocess.run(decode, check=True, capture_output=True, timeout=300)
     data = json.loads(results.read_text())
-    assert {"device", "commit", "ceilings", "rows"} == data.keys()
+    sections = {"layers", "variants", "growth"}
+    assert {"device", "commit", "ceilings", "rows"} | sections == data.keys()
     for row in data["rows"]:
-        assert row.keys() >= COLUMNS
+        assert row.keys() >= COLUMNS | {"sustained_us", "sustained_mhz", "sustained_watts"}
         assert row["rel_err"] < 5e-3
+    forms = ["unrolled", "scan", "scan, graphs of 1"]
+    assert [row["form"] for row in data["layers"]["rows"]] == forms
+    variants = [(row["dtype"], row["page_block_size"]) for row in data["variants"]["rows"]]
+    assert variants == [("fp16", 64), ("bf16", 16)]
+    for name in sections:
+        assert all(row["rel_err"] < 5e-3 for row in data[name]["rows"])
     command = [sys.executable, BENCHMARKS / "report.py", "--results", results, "--docs", docs]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert "2 x 100" in (docs / "performance.md").read_text()
-    assert (docs / "performance.svg").stat().st_size > 1000
+    text = (docs / "performance.md").read_text()
+    assert "2 x 100" in text
+    for title in (
+        "Under lasting load",
+        "A step of 2 layers",
+        "fp16 and page sizes",
+        "How it grows",
+    ):
+        assert f"\n## {title}\n" in text
+    for plot in ("performance.svg", "growth.svg"):
+        assert plot in text
+        assert (docs / plot).stat().st_size > 1000
+
+
+def test_the_benchmark_of_two_devices_runs(tmp_path):
+    results = tmp_path / "x2.json"
+    command = [sys.executable, BENCHMARKS / "parallel.py", "--smoke", "--out", results]
+    shown = subprocess.run(command, check=True, capture_output=True, timeout=300, text=True).stdout
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["data", "tensor", "context"]
+    for row in rows:
+        assert row["rel_err"] < 5e-3
+        assert row["speedup"] == pytest.approx(row["one_us"] / row["two_us"], abs=2e-3)
+        assert f"{row['speedup']:.2f}x" in shown
+    exchanged = 2 * 2 * 2 * (512 * 2 + 4)  # rows of 512 columns in bf16, and a float32
+    assert [row["exchanged_bytes"] for row in rows] == [0, 0, exchanged]
 
 
 def test_the_readme_quotes_the_results():

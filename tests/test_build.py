@@ -1,7 +1,6 @@
 """What was built: the extension, its machine code, and the install that has neither."""
 
-import functools
-import importlib.util
+import copy
 import os
 import re
 import struct
@@ -10,49 +9,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import machine_code
 import pytest
+from machine_code import cuobjdump, extension, instructions, sass
+
+from jax_flashmla import _ffi
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {
-    "jax_flashmla_append_kv",
-    "jax_flashmla_dense_decode",
-    "jax_flashmla_tile_scheduler",
-}
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the extension is for Linux")
-
-
-def extension():
-    from jax_flashmla import _C
-
-    return _C
-
-
-def cuobjdump(*options):
-    """What cuobjdump says of the extension."""
-    roots = importlib.util.find_spec("nvidia").submodule_search_locations
-    tools = [tool for root in roots for tool in Path(root).glob("cu13/bin/cuobjdump")]
-    command = [tools[0], *options, extension().__file__]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@functools.cache
-def sass():
-    """The machine code of each kernel: {mangled name: text}."""
-    pieces = re.split(r"^\s*Function : (\S+)$", cuobjdump("--dump-sass"), flags=re.MULTILINE)
-    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 def kernels_of(source):
     """The kernels that `source` defines; the name of its unnamed namespace holds the file's."""
     tag = source.replace(".", "_")
     return {name: code for name, code in sass().items() if tag in name}
-
-
-def instructions(code):
-    """The names of the instructions in `code`, without their modifiers."""
-    pattern = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
-    return set(re.findall(pattern, code, flags=re.MULTILINE))
 
 
 def needed_libraries(path):
@@ -70,7 +40,7 @@ def needed_libraries(path):
 
 def test_handlers_are_the_targets():
     handlers = extension().handlers()
-    assert set(handlers) == TARGETS
+    assert set(handlers) == set(_ffi.TARGETS)
     assert {type(handler).__name__ for handler in handlers.values()} == {"PyCapsule"}
 
 
@@ -94,7 +64,7 @@ def test_dense_decode_uses_tensor_cores_and_bulk_loads():
     kernels = kernels_of("dense_decode.cu")
     assert kernels
     for name, code in kernels.items():
-        assert {"HGMMA", "UTMALDG"} <= instructions(code), name
+        assert {"HGMMA", "UTMALDG"} <= instructions(code).keys(), name
 
 
 @pytest.mark.parametrize(
@@ -104,14 +74,57 @@ def test_no_spills(source):
     kernels = kernels_of(source)
     assert kernels
     for name, code in kernels.items():
-        assert not {"LDL", "STL"} & instructions(code), name
+        assert not {"LDL", "STL"} & instructions(code).keys(), name
 
 
 def test_no_local_memory():
-    pattern = r"Function (\S+):\s+REG:\d+ STACK:(\d+).*? LOCAL:(\d+)"
-    usage = re.findall(pattern, cuobjdump("-res-usage"))
-    assert {name for name, _, _ in usage} == set(sass())
-    assert {name for name, stack, local in usage if (stack, local) != ("0", "0")} == set()
+    usage = machine_code.resources()
+    assert usage.keys() == sass().keys()
+    assert {name for name, used in usage.items() if used["STACK"] or used["LOCAL"]} == set()
+
+
+def test_machine_code_is_that_of_the_table():
+    complaint = machine_code.complaint(machine_code.read_table(), machine_code.figures())
+    assert not complaint, complaint
+
+
+def test_every_change_of_the_machine_code_is_seen(tmp_path):
+    found = machine_code.figures()
+    kernel = "DenseDecodeKernel<__nv_bfloat16, 1>"
+    for key, old in found["kernels"][kernel].items():
+        table = copy.deepcopy(found)
+        table["kernels"][kernel][key] = old - 1
+        (line,) = machine_code.differences(table, found)
+        assert line == f"{kernel}: {key} {old - 1} -> {old}"
+        assert line in machine_code.complaint(table, found)
+    table = copy.deepcopy(found)
+    table["kernels"]["Other"] = table["kernels"].pop(kernel)
+    assert machine_code.differences(table, found) == [
+        f"{kernel}: not in the table", "Other: no longer there",
+    ]  # fmt: skip
+    machine_code.write_table(found, tmp_path / "table.json")
+    assert machine_code.read_table(tmp_path / "table.json") == found
+
+
+def test_another_compiler_may_differ_a_little():
+    rows = [{"instructions": count, "STL": spills} for count, spills in ((4000, 0), (4300, 1))]
+    table = {"compiler": "13.0.88", "kernels": {"K": rows[0]}}
+    found = {"compiler": "13.5.1", "kernels": {"K": rows[1]}}
+    assert machine_code.differences(table, found) == ["K: STL 0 -> 1"]
+    found["compiler"] = table["compiler"]
+    assert len(machine_code.differences(table, found)) == 2
+
+
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        ("_ZN1a12_GLOBAL__N_11KI6__halfLi12ELb1EEEvNS0_1PE", "K<__half, 12, true>"),
+        ("_ZN1a12_GLOBAL__N_11KILNS0_4KindE2E1TIjLin3EEEEvv", "K<2, T<uint32, -3>>"),
+        ("_ZN1a1KEPKf", "K"),
+    ],
+)
+def test_names_of_kernels_are_read(mangled, name):
+    assert machine_code.readable(mangled) == name
 
 
 def test_append_waits_for_the_kernel_before_it():

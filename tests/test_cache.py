@@ -115,58 +115,6 @@ def test_append_past_int32(tested):
     assert int(count) == inside.sum()
 
 
-def test_donated_cache_stays_where_it_is(implementation):
-    k_cache = jnp.zeros((8, 64, 1, 576), jnp.bfloat16)
-    before = k_cache.unsafe_buffer_pointer()
-
-    def append(c, n, s):
-        return fm.append_kv_cache(c, n, s, implementation=implementation)
-
-    step = jax.jit(append, donate_argnums=0)
-    after = step(k_cache, jnp.ones((1, 576), jnp.bfloat16), jnp.array([3], jnp.int32))
-    assert after.unsafe_buffer_pointer() == before
-    assert k_cache.is_deleted()
-
-
-@pytest.mark.parametrize("in_axes", [(0, 0, 0), (1, None, 0), (0, 1, None)])
-def test_append_under_vmap(in_axes, implementation):
-    n, pages, page = 3, 4, 16
-    arrays = [
-        random_cache((n, pages, page, 1, 576), "bfloat16"),
-        random_cache((n, 5, 1, 576), "bfloat16", 1),
-        np.array([[3, 63, -1, 64, 7], [0, 1, 2, 3, 4], [9, -64, 70, 1, 60]], np.int32),
-    ]
-    arguments = [
-        a[0] if axis is None else np.moveaxis(a, 0, axis)
-        for a, axis in zip(arrays, in_axes, strict=True)
-    ]
-
-    def append(c, x, s):
-        return fm.append_kv_cache(c, x, s, implementation=implementation)
-
-    actual = jax.vmap(append, in_axes)(*map(jnp.asarray, arguments))
-    for i in range(n):
-        one = [a[0 if axis is None else i] for a, axis in zip(arrays, in_axes, strict=True)]
-        np.testing.assert_array_equal(actual[i], append_expected(*one))
-
-
-def test_vmap_over_tokens_alone_raises():
-    k_cache = jnp.zeros((2, 16, 1, 576), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="k_cache not mapped"):
-        jax.vmap(fm.append_kv_cache, (None, 0, 0))(
-            k_cache, jnp.zeros((3, 1, 1, 576), jnp.bfloat16), jnp.zeros((3, 1), jnp.int32)
-        )
-
-
-def test_derivative_raises():
-    with pytest.raises(NotImplementedError, match="append_kv_cache is an inference op"):
-        jax.grad(
-            lambda new: fm.append_kv_cache(
-                jnp.zeros((1, 1, 1, 2)), new, jnp.zeros(1, jnp.int32), implementation="xla"
-            ).sum()
-        )(jnp.ones((1, 2)))
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -262,6 +262,60 @@ def test_more_queries_than_tokens(h_q, implementation):
     assert np.isfinite(lse[0, :, 5]).all()
 
 
+# The offset of the causal mask.
+
+INT32 = np.iinfo(np.int32)
+OFFSETS = (0, 1, 3, 4, -1, -60, -65, -129, -130, -131, 1000, -1000, INT32.max, INT32.min)
+
+
+@pytest.mark.parametrize("h_q", [3, 128])
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_causal_offset(s_q, h_q, implementation):
+    """Offsets that hide keys and show more, up to all; 131 tokens are three tiles."""
+    inputs = cases.make_inputs(Case(len(OFFSETS), s_q, 131, h_q))
+    offset = np.array(OFFSETS, np.int32)
+    out, lse = check(inputs, implementation, causal=True, causal_offset=jnp.asarray(offset))
+    for hidden in (-1000, INT32.min):
+        row = OFFSETS.index(hidden)
+        assert (out[row] == 0).all()
+        assert (lse[row] == np.inf).all()
+    unmasked = decode(inputs, implementation)  # what all queries see without a mask
+    for seen in (4, 1000, INT32.max):
+        row = OFFSETS.index(seen)
+        cases.assert_close("lse", lse[row], unmasked[1][row], atol=1e-6, rtol=1e-5)
+
+
+def test_causal_offset_of_ragged_sequences(implementation):
+    """Empty, short, long, split over several parts and invalid sequences."""
+    lengths = [0, 1, 2, 64, 65, 700, 3000, 10]
+    inputs = cases.make_inputs(Case(len(lengths), 4, 0, 16, 2), lengths=lengths)
+    inputs.block_table[4, 1] = -1
+    inputs.cache_seqlens[7] = INT32.max  # more than the table holds
+    for offset in ([3, -1, 2, 2, 5, -80, -2950, 1], [-3, 1, -1, -64, -5, 1, 2, INT32.min]):
+        offset = np.array(offset, np.int32)
+        out, _ = check(inputs, implementation, causal=True, causal_offset=jnp.asarray(offset))
+        assert np.isnan(out[[4, 7]].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_parts_of_a_sequence_join_to_the_whole(s_q, implementation):
+    """Runs of pages, one of which ends among the new tokens themselves."""
+    inputs = cases.make_inputs(Case(5, s_q, 0, 8), lengths=[130, 128, 126, 3, 191], max_blocks=4)
+    capacity = 64  # a page a part
+    outs, lses = [], []
+    for part in range(4):
+        left = inputs.cache_seqlens - part * capacity
+        local = np.clip(left, 0, capacity)
+        part_of = inputs.replace(
+            block_table=inputs.block_table[:, part : part + 1], cache_seqlens=local
+        )
+        out, lse = check(part_of, implementation, causal=True, causal_offset=left - local)
+        outs.append(out)
+        lses.append(lse)
+    actual = fm.merge_attention_states(np.stack(outs), np.stack(lses))
+    cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
+
+
 # What only the device can see.
 
 
@@ -327,59 +381,6 @@ def test_eager_calls_compile_once():
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not [event for event in repeated if "trace" in event or "compile" in event]
     assert [event for event in events if "compile" in event], "the listener hears nothing"
-
-
-def test_primitives_stand_in_jaxprs_by_name():
-    inputs = cases.make_inputs(Case(2, 1, 37, 5))
-    jaxpr = jax.make_jaxpr(lambda *args: fm.flash_mla_with_kvcache(*args, D_V))(
-        *inputs.device_arrays()
-    )
-    names = [eqn.primitive.name for eqn in jaxpr.eqns]
-    assert names == ["get_mla_metadata", "flash_mla_with_kvcache"]
-
-
-def test_derivative_raises():
-    q, *rest = cases.make_inputs(Case(1, 1, 10, 2)).device_arrays()
-
-    def loss(q):
-        return fm.flash_mla_with_kvcache(q, *rest, D_V)[1].sum()
-
-    with pytest.raises(NotImplementedError, match="flash_mla_with_kvcache is an inference op"):
-        jax.grad(loss)(q)
-    assert jax.grad(lambda q: loss(jax.lax.stop_gradient(q)))(q).shape == q.shape
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["metadata-made", "metadata-given"])
-@pytest.mark.parametrize("in_axes", [(0, None, 0, 0), (1, None, None, None), (None, 0, 0, None)])
-def test_vmap_folds_into_the_batch(in_axes, given, implementation):
-    many = [cases.make_inputs(Case(2, 2, 60, 8, seed=i), lengths=[60, 70 * i]) for i in range(3)]
-    pages = max(len(m.k_cache) for m in many)
-    width = max(m.block_table.shape[1] for m in many)
-    columns = []
-    for name, axis in zip(("q", "k_cache", "block_table", "cache_seqlens"), in_axes, strict=True):
-        arrays = [getattr(m, name) for m in many]
-        if name == "k_cache":
-            arrays = [np.pad(a, [(0, pages - len(a))] + [(0, 0)] * 3) for a in arrays]
-        if name == "block_table":
-            fill = {"constant_values": UNUSED_ENTRY}
-            arrays = [np.pad(a, [(0, 0), (0, width - a.shape[1])], **fill) for a in arrays]
-        columns.append([arrays[0]] * 3 if axis is None else arrays)
-    many = [cases.Inputs(*row) for row in zip(*columns, strict=True)]
-    stacked = [
-        jnp.asarray(column[0] if axis is None else np.stack(column, axis))
-        for column, axis in zip(columns, in_axes, strict=True)
-    ]
-
-    def call(q, k_cache, block_table, lengths):
-        arrays = (q, k_cache, block_table, lengths)
-        metadata = (None, None)
-        if given:
-            metadata = fm.get_mla_metadata(lengths, 16, 1, implementation=implementation)
-        return fm.flash_mla_with_kvcache(*arrays, D_V, *metadata, implementation=implementation)
-
-    out, lse = jax.jit(jax.vmap(call, in_axes))(*stacked)
-    for i, inputs in enumerate(many):
-        cases.assert_decode_close((out[i], lse[i]), cases.expected_decode(inputs))
 
 
 def test_under_strict_configurations(implementation):
@@ -455,6 +456,14 @@ def schedule_for(b=2, rows=4, h_kv=1):
         ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a static Python number"),
         ({"softmax_scale": jnp.float32(1)}, TypeError, "softmax_scale must be a static Python"),
         ({"causal": 1}, TypeError, "causal must be a static Python bool, got 1"),
+        (
+            {"causal_offset": jnp.ones(3, jnp.int32), "causal": True},
+            ValueError,
+            "causal_offset .*must be 2",
+        ),
+        ({"causal_offset": jnp.ones(2), "causal": True}, TypeError, "causal_offset .*got float32"),
+        ({"causal_offset": 1, "causal": True}, ValueError, r"causal_offset must have shape \[b\]"),
+        ({"causal_offset": jnp.ones(2, jnp.int32)}, ValueError, "pass causal=True"),
         ({"implementation": "triton"}, ValueError, "implementation must be one of .*'triton'"),
         ({"num_splits": jnp.zeros(3, jnp.int32)}, ValueError, "None for tile_scheduler_metadata"),
         ({"tile_scheduler_metadata": schedule_for()[0]}, ValueError, "None for num_splits"),

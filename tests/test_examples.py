@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from lowering import PASSED_ON, operations_on
 
-from jax_flashmla import _ffi
+import jax_flashmla
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--layers=2", "--batch=3", "--heads=2", "--steps=20", "--prompt=40", "--width=64"]
@@ -84,15 +83,7 @@ def test_pages_are_handed_out_as_sequences_grow():
     assert sorted(taken) == [-1, *range(7)]
 
 
-@functools.cache
-def h200():
-    """One H200, as XLA compiles for it where there is none."""
-    target = (ROOT / "tests/h200_target_config.pbtxt").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
-
-
-def compile_for_h200(function, num_pages):
+def compile_for(sharding, function, num_pages):
     """The example's `function` compiled for a pool of `num_pages` pages a layer, and the cache."""
     batch = 8
     config = example().Config(layers=3, heads=16, num_pages=num_pages, implementation="cuda")
@@ -104,7 +95,7 @@ def compile_for_h200(function, num_pages):
         return example().init_weights(config, jax.random.key(0)), state, tokens
 
     weights, state, tokens = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h200()),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(arguments),
     )
     static = {"config": config} | ({"steps": 100} if function == "decode" else {})
@@ -112,27 +103,12 @@ def compile_for_h200(function, num_pages):
     return jitted.lower(weights, state, tokens, **static).compile(), state.cache
 
 
-def operations_on(elements, hlo):
-    """The names of the operations that make an array of so many elements."""
-    names = set()
-    for result, name in re.findall(
-        r"^ *(?:ROOT )?%\S+ = (.*?) ([a-z][a-z0-9-]*)\(", hlo, re.MULTILINE
-    ):
-        shapes = re.findall(r"\w+\[([\d,]+)\]", result)
-        if elements in [math.prod(map(int, shape.split(","))) for shape in shapes]:
-            names.add(name)
-    return names
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax's CUDA plugin"
-)
-@pytest.mark.skipif(_ffi.unavailable_reason() is not None, reason="needs the compiled extension")
+@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("function", ["decode", "prefill"])
-def test_cache_stays_in_place_on_an_h200(function):
+def test_cache_stays_in_place_on_an_h200(function, h200):
     temporary = []
     for num_pages in (64, 6400):
-        compiled, cache = compile_for_h200(function, num_pages)
+        compiled, cache = compile_for(h200, function, num_pages)
         memory, hlo = compiled.memory_analysis(), compiled.as_text()
         assert memory.alias_size_in_bytes >= cache.size * cache.dtype.itemsize
         temporary.append(memory.temp_size_in_bytes)
@@ -142,8 +118,7 @@ def test_cache_stays_in_place_on_an_h200(function):
             "jax_flashmla_dense_decode",
             "jax_flashmla_tile_scheduler",
         ]
-        passed_on = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
-        assert operations_on(cache.size, hlo) <= {*passed_on, "custom-call"}
+        assert operations_on(cache.size, hlo) <= {*PASSED_ON, "custom-call"}
     assert temporary[0] == temporary[1]
 
 
@@ -174,6 +149,11 @@ def test_use_in_the_readme():
         np.testing.assert_allclose(
             lse[i, :, 0], (np.log(total) + scores.max(axis=-1, keepdims=True))[:, 0], rtol=1e-4
         )
+
+
+def test_public_names_stand_in_the_readme():
+    named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text("utf-8")))
+    assert set(jax_flashmla.__all__) - {"__version__"} <= named
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])

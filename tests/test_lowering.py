@@ -1,6 +1,5 @@
 """What stands in programs for a GPU, seen without one: StableHLO text and compiles for an H200."""
 
-import importlib.util
 import re
 import warnings
 from pathlib import Path
@@ -10,54 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from cases import D_K, D_V
+from lowering import (
+    APPEND,
+    DECODE,
+    SCHEDULE,
+    copies_in,
+    custom_calls,
+    decode,
+    decode_structs,
+    struct,
+    text_for_cuda,
+)
 
 import jax_flashmla as fm
 from jax_flashmla import _ffi, _primitive
-
-D_K, D_V = 576, 512
-DECODE, SCHEDULE, APPEND = (
-    f"jax_flashmla_{name}" for name in ("dense_decode", "tile_scheduler", "append_kv")
-)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Lets programs be lowered with kernels that were not built."""
-    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(_ffi, "other_device", lambda: None)
-
-
-def struct(shape, dtype=jnp.bfloat16, **options):
-    return jax.ShapeDtypeStruct(shape, dtype, **options)
-
-
-def decode_structs(b=4, s_q=1, h_q=16, h_kv=1, *, d_k=D_K, page=64, dtype=jnp.bfloat16):
-    return (
-        struct((b, s_q, h_q, d_k), dtype),
-        struct((100, page, h_kv, d_k), dtype),
-        struct((b, 10), jnp.int32),
-        struct((b,), jnp.int32),
-    )
-
-
-def decode(*args, d_v=D_V, **options):
-    return fm.flash_mla_with_kvcache(*args, d_v, **options)
-
-
-def text_for_cuda(function, *structs):
-    fresh = jax.jit(lambda *args: function(*args))  # JAX remembers how it lowered a function
-    return fresh.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def custom_calls(text):
-    """The lines of our custom calls, by target."""
-    lines = re.findall(r"^.*stablehlo\.custom_call @(jax_flashmla_\w+)(.*)$", text, re.MULTILINE)
-    targets = {target for target, _ in lines}
-    return {target: [rest for t, rest in lines if t == target] for target in targets}
-
 
 # Level 2: the text.
 
@@ -94,6 +60,22 @@ def test_decode_text(implementation):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("s_q", [1, 4])
+def test_causal_offset_text(s_q):
+    """It is one more operand, and with it the mask counts for one query too."""
+
+    def f(*args):
+        return decode(*args[:4], causal=True, causal_offset=args[4])
+
+    text = text_for_cuda(f, *decode_structs(s_q=s_q), struct((4,), jnp.int32))
+    (line,) = custom_calls(text)[DECODE]
+    assert "causal = true" in line
+    operands = re.findall(r"tensor<(\S+)>", line.split(" : ")[-1].split(" -> ")[0])
+    assert len(operands) == 8
+    assert operands[-1] == "4xi32"
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("s_q", "h_kv"), [(1, 1), (4, 1), (1, 8), (2, 2)])
 def test_layout_of_the_queries(s_q, h_kv):
     """The kernel's layout is a reshape of the caller's but for several KV heads and queries."""
@@ -106,8 +88,7 @@ def test_layout_of_the_queries(s_q, h_kv):
 def test_one_schedule_for_all_layers():
     def f(q, k_cache, table, lengths):
         metadata = fm.get_mla_metadata(lengths, 16, 1)
-        return [decode(q * i, k_cache, table, lengths, tile_scheduler_metadata=metadata[0],
-                       num_splits=metadata[1]) for i in range(3)]  # fmt: skip
+        return [decode(q * i, k_cache, table, lengths, metadata=metadata) for i in range(3)]
 
     text = text_for_cuda(f, *decode_structs())
     assert len(custom_calls(text)[SCHEDULE]) == 1
@@ -120,20 +101,6 @@ def test_append_text():
     (line,) = calls[APPEND]
     assert "output_operand_alias" in line
     assert "operand_index = 0" in line
-
-
-@pytest.mark.usefixtures("kernels")
-def test_vmap_is_one_call():
-    def f(q, k_cache, table, lengths):
-        return jax.vmap(decode, (0, None, 0, 0))(q, k_cache, table, lengths)
-
-    q, k_cache, table, lengths = decode_structs()
-    q, table, lengths = (struct((3, *x.shape), x.dtype) for x in (q, table, lengths))
-    text = text_for_cuda(f, q, k_cache, table, lengths)
-    calls = custom_calls(text)
-    assert [len(calls[DECODE]), len(calls[SCHEDULE])] == [1, 1]
-    assert "tensor<12x1x16x576xbf16>" in calls[DECODE][0]
-    assert "tensor<100x64x1x576xbf16>" in calls[DECODE][0]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -243,102 +210,7 @@ def test_extension_for_a_newer_jaxlib(monkeypatch):
     assert re.search(r"compiled for XLA FFI .*the installed jaxlib .* has", _ffi._register())
 
 
-# Several devices.
-
-
-def devices(*sizes, types=AxisType.Auto):
-    count = int(np.prod(sizes))
-    cpus = np.array(jax.devices("cpu")[:count]).reshape(sizes)
-    return jax.sharding.Mesh(cpus, tuple("xy")[: len(sizes)], axis_types=(types,) * len(sizes))
-
-
-def placed(structs, mesh, *specs):
-    return [
-        struct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-        for x, spec in zip(structs, specs, strict=True)
-    ]
-
-
-@pytest.mark.usefixtures("kernels")
-def test_jit_over_several_devices_raises():
-    mesh = devices(2)
-    structs = placed(decode_structs(), mesh, P("x"), P(), P("x"), P("x"))
-    with pytest.raises(NotImplementedError, match=r"jit over 2 devices, outside jax\.shard_map"):
-        text_for_cuda(decode, *structs)
-    text_for_cuda(lambda *a: decode(*a, implementation="xla"), *structs)
-
-
-@pytest.mark.usefixtures("kernels")
-def test_partly_manual_shard_map_raises():
-    mesh = devices(2, 2)
-    specs = P("x"), P(), P("x"), P("x")
-    f = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=P("x"), axis_names={"x"})
-    structs = placed(decode_structs(), mesh, *specs)
-    with pytest.raises(NotImplementedError, match=r"leaves the mesh axes \{'y': 2\} to XLA"):
-        text_for_cuda(f, *structs)
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
-def test_shard_map(types):
-    mesh = devices(2, 2, types=types)
-    specs = P("x", None, "y"), P(), P("x"), P("x")
-    f = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=(P("x", None, "y"), P("x", "y")))
-    with jax.set_mesh(mesh):
-        text = text_for_cuda(f, *placed(decode_structs(), mesh, *specs))
-    assert "tensor<2x1x8x576xbf16>" in custom_calls(text)[DECODE][0]
-    assert "all_gather" not in text
-
-
-@pytest.mark.parametrize("varying", range(4))
-def test_varying_result_is_not_taken_for_replicated(varying):
-    """Whichever operand differs by device, the results do."""
-    mesh = devices(2)
-    specs = [P("x") if i == varying else P() for i in range(4)]
-    structs = list(decode_structs())
-    if varying != 1:  # the other operands must have the batch of one device
-        structs = [
-            x if i in (1, varying) else struct((2, *x.shape[1:]), x.dtype)
-            for i, x in enumerate(structs)
-        ]
-
-    def f(out_specs):
-        return jax.shard_map(decode, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs)
-
-    jax.eval_shape(f(P("x")), *structs)
-    with pytest.raises(ValueError, match="replicat"):
-        jax.eval_shape(f(P()), *structs)
-
-
-def test_explicit_sharding_outside_shard_map_raises():
-    mesh = devices(2, types=AxisType.Explicit)
-    structs = placed(decode_structs(), mesh, P("x"), P(), P("x"), P("x"))
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(NotImplementedError, match=r"explicit mesh axes.*jax\.shard_map"),
-    ):
-        jax.eval_shape(decode, *structs)
-
-
 # Level 3: compiled for an H200.
-
-
-@pytest.fixture(scope="module")
-def h200():
-    """A sharding on one H200 that is not there."""
-    if importlib.util.find_spec("jax_plugins") is None or (
-        importlib.util.find_spec("jax_plugins.xla_cuda13") is None
-    ):
-        pytest.skip("needs the jax-cuda13-plugin package")
-    config = Path(__file__).with_name("h200_target_config.pbtxt").read_text(encoding="utf-8")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), P())
-
-
-@pytest.fixture
-def compiled_kernels():
-    if _ffi._NOT_REGISTERED is not None:
-        pytest.skip(_ffi._NOT_REGISTERED)
 
 
 LAYERS, BATCH, PAGE = 3, 4, 64
@@ -360,10 +232,8 @@ def decode_loop(implementation, loop):
             k_cache = fm.append_kv_cache(
                 k_cache, q[:, 0, :1], slots + first * PAGE, implementation=implementation
             )
-            out, _ = decode(
-                q, k_cache, table + first, lengths, tile_scheduler_metadata=metadata[0],
-                num_splits=metadata[1], implementation=implementation,
-            )  # fmt: skip
+            arrays = (q, k_cache, table + first, lengths)
+            out, _ = decode(*arrays, metadata=metadata, implementation=implementation)
             return (k_cache, q.at[..., :D_V].add(out)), None
 
         layers = jnp.arange(LAYERS, dtype=jnp.int32)
@@ -391,12 +261,6 @@ def compile_loop(implementation, loop, pages, sharding):
     return decode_loop(implementation, loop).lower(*structs).compile()
 
 
-def copies_of(text, shape):
-    """Instructions in HLO text that copy an array of this shape."""
-    dims = ",".join(map(str, shape))
-    return re.findall(rf"= bf16\[{dims}\]\S* copy(?:-start)?\(.*", text)
-
-
 @pytest.mark.parametrize("loop", ["fori_loop", "scan", "while_loop"])
 @pytest.mark.parametrize("implementation", ["cuda", "xla"])
 def test_cache_stays_in_place(loop, implementation, h200, request):
@@ -408,25 +272,31 @@ def test_cache_stays_in_place(loop, implementation, h200, request):
         memory, text = compiled.memory_analysis(), compiled.as_text()
         shape = (LAYERS * pages, PAGE, 1, D_K)
         assert memory.alias_size_in_bytes >= np.prod(shape) * 2
-        assert not copies_of(text, shape)
+        assert not copies_in(text, shape)
         temporary.append(memory.temp_size_in_bytes)
         if implementation == "cuda":
             assert {DECODE, SCHEDULE, APPEND} <= set(re.findall(r"jax_flashmla_\w+", text))
     assert temporary[0] == temporary[1]
 
 
+@pytest.mark.parametrize(("s_q", "h_q"), [(1, 8), (1, 16), (1, 128), (2, 128), (4, 128)])
 @pytest.mark.usefixtures("compiled_kernels")
-def test_workspace_is_all_the_kernel_needs(h200):
-    """Scratch follows the number of parts, not the batch or the table."""
-    parts, rows = 132, 16
+def test_workspace_is_all_the_kernel_needs(s_q, h_q, h200):
+    """Scratch follows heads and queries, not the batch, the table or the cache; as documented."""
+    rows = s_q * h_q
+    parts = 132 // -(-rows // 64)
     scratch = 2 * parts * rows * (D_V + 1) * 4
-    for b, width in ((4, 10), (512, 1000)):
+    for b, width, pages in ((4, 10, 1000), (512, 16384, 500_000)):
         structs = (
-            struct((b, 1, 16, D_K), sharding=h200),
-            struct((1000, 64, 1, D_K), sharding=h200),
+            struct((b, s_q, h_q, D_K), sharding=h200),
+            struct((pages, 64, 1, D_K), sharding=h200),
             struct((b, width), jnp.int32, sharding=h200),
             struct((b,), jnp.int32, sharding=h200),
         )
         compiled = jax.jit(lambda *a: decode(*a, implementation="cuda")).lower(*structs).compile()
         memory = compiled.memory_analysis()
         assert scratch <= memory.temp_size_in_bytes <= scratch + 16 * b + 2**15
+    notes = Path(__file__).parent.parent / "docs/dense_decode.md"
+    lines = re.findall(r"^\| (?:h_q · s_q|MB) \|(.*)\|$", notes.read_text("utf-8"), re.MULTILINE)
+    documented = dict(zip(*(map(str.strip, line.split("|")) for line in lines), strict=True))
+    assert documented[str(rows)] == f"{scratch / 1e6:.1f}"

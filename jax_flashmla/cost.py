@@ -1,0 +1,74 @@
+"""What a call has to do: the figures that XLA cannot know of a custom call."""
+
+import jax
+import numpy as np
+
+from ._checks import check_array, check_axis, check_offset_has_mask, static_bool, static_int
+
+
+def decode_cost(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+    cache_seqlens: np.ndarray | jax.Array,
+    head_dim_v: int,
+    causal: bool = False,
+    *,
+    causal_offset: np.ndarray | jax.Array | None = None,
+) -> dict[str, float]:
+    """The work of one call of `flash_mla_with_kvcache`, under the names that XLA gives it.
+
+    To XLA the cost of a custom call is unknown, so that `cost_analysis()` of a program leaves the
+    kernel out: add this to it, once for each call. It is the least that the call has to do, each
+    operand and result moved once; not the kernel's padding of query rows, nor its partial results.
+
+    Args:
+      q: [b, s_q, h_q, d_k]; of this and of k_cache only shape and dtype matter.
+      k_cache: [num_blocks, page_block_size, h_kv, d_k].
+      cache_seqlens: [b] integers, tokens of each sequence; values, not a traced array. A negative
+        one counts as 0.
+      head_dim_v: d_v.
+      causal: as in the call.
+      causal_offset: [b] integers as in the call, values like cache_seqlens; default 0, only with
+        causal. Tokens that it hides from every query of a sequence count for nothing.
+
+    Returns:
+      "flops": of the two products, a multiply-add counted as 2.
+      "transcendentals": exponentials, one a score.
+      "bytes accessed": the tokens' rows of the cache, their page ids, q, lengths, offsets, out and
+        lse.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+    """
+    b, s_q, h_q, d_k = q.shape
+    _, page, h_kv, _ = k_cache.shape
+    d_v, causal = static_int("head_dim_v", head_dim_v), static_bool("causal", causal)
+    lengths = np.maximum(_values("cache_seqlens", cache_seqlens, b), 0)
+    visible = np.broadcast_to(lengths[:, None], (b, s_q))  # tokens that each query sees
+    integers = b  # lengths, offsets and page ids
+    if causal:
+        visible = visible - np.arange(s_q)[::-1]
+    if causal_offset is not None:
+        check_offset_has_mask(causal)
+        visible = visible + _values("causal_offset", causal_offset, b)[:, None]
+        integers += b
+    visible = np.clip(visible, 0, lengths[:, None])
+
+    tokens, scores = visible.max(axis=1), h_q * int(visible.sum())
+    integers += int((-(-tokens // page)).sum())
+    values = int(tokens.sum()) * h_kv * d_k + b * s_q * h_q * (d_k + d_v)  # in q's dtype
+    return {
+        "flops": float(2 * scores * (d_k + d_v)),
+        "transcendentals": float(scores),
+        "bytes accessed": float(values * q.dtype.itemsize + 4 * (integers + b * s_q * h_q)),
+    }
+
+
+def _values(name: str, x, b: int) -> np.ndarray:
+    """i64 [b], wide enough for sums of any int32."""
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{name} must be values, got the traced {x}; call decode_cost outside jit")
+    x = np.asarray(x, np.int64)
+    check_array(name, x, "b")
+    check_axis(name, x, 0, b, "the batch of q")
+    return x

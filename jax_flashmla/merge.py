@@ -1,0 +1,128 @@
+"""Joining partial attention results: of several caches, or of one sequence's pages over devices.
+
+Shapes: n partial results, b sequences, s_q queries, h_q query heads, d_v head dim of V.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ._checks import check_array, check_axis
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention over all keys from its results over disjoint parts of the keys.
+
+    Exact up to rounding: each part counts with its share exp(lse) / sum of exp(lse), which is how
+    online softmax joins blocks of keys (https://arxiv.org/abs/1805.02867). Any order of the parts
+    will do. The arithmetic is float32.
+
+    Args:
+      outs: [n, b, s_q, h_q, d_v], bf16, fp16 or f32, each the attention over its part alone.
+      lses: f32 [n, b, h_q, s_q], natural logarithm of each part's sum of exponentials. Infinity
+        stands for a part in which the query sees no key, as in the results of
+        `flash_mla_with_kvcache`: it counts for nothing, whatever its out holds. NaN, an invalid
+        sequence in some part, makes the whole sequence's results NaN.
+
+    Returns:
+      out: [b, s_q, h_q, d_v] in outs' dtype; 0 for a query that sees no key in any part.
+      lse: f32 [b, h_q, s_q]; +inf for such a query.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+    """
+    outs, lses = jnp.asarray(outs), jnp.asarray(lses)
+    check_array("outs", outs, "n b s_q h_q d_v", _DTYPES)
+    check_array("lses", lses, "n b h_q s_q", (jnp.float32,))
+    if outs.shape[0] == 0:
+        raise ValueError(f"outs must hold at least one part, got shape {list(outs.shape)}")
+    for lses_axis, outs_axis, name in ((0, 0, "n"), (1, 1, "b"), (2, 3, "h_q"), (3, 2, "s_q")):
+        check_axis("lses", lses, lses_axis, outs.shape[outs_axis], f"the {name} of outs")
+
+    empty = jnp.isinf(lses)
+    lses = jnp.where(empty, -jnp.inf, lses)
+    maximum = lses.max(axis=0)
+    maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
+    weights = jnp.exp(lses - maximum[None])
+    total = weights.sum(axis=0)
+    nothing = total == 0
+    shares = weights / jnp.where(nothing, 1, total)[None]
+
+    shares, empty = (jnp.swapaxes(x, 2, 3)[..., None] for x in (shares, empty))
+    # An empty part's out may be anything, and 0 * NaN is NaN.
+    out = jnp.sum(shares * jnp.where(empty, 0, outs).astype(jnp.float32), axis=0)
+    return out.astype(outs.dtype), jnp.where(nothing, jnp.inf, maximum + jnp.log(total))
+
+
+def merge_attention_states_across(
+    out: jax.Array, lse: jax.Array, axis_name: str | tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """`merge_attention_states` of one part a device, inside jax.shard_map.
+
+    The results are the same on every device along axis_name and typed so: an out_specs that does
+    not name the axis accepts them.
+
+    One collective: an all-gather of out, in its own dtype, with lse's bits beside it. Each device
+    receives b * s_q * h_q * (d_v * itemsize + 4) bytes from each of the n - 1 others. An all-reduce
+    of weighted sums in float32 would move fewer from n = 4 on (for 16-bit outs), but needs the
+    largest lse first, a second collective that it waits for; at the sizes of a decode step what
+    counts is how often devices wait for one another.
+
+    Args:
+      out: [b, s_q, h_q, d_v], bf16, fp16 or f32, the attention over this device's keys.
+      lse: f32 [b, h_q, s_q]; +inf where the query sees none of them.
+      axis_name: the mesh axis, or several, along which the keys are split.
+
+    Returns:
+      out [b, s_q, h_q, d_v] and lse f32 [b, h_q, s_q], as `merge_attention_states` gives them.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described, or axis_name is not a manual mesh
+        axis here.
+    """
+    out, lse = jnp.asarray(out), jnp.asarray(lse)
+    check_array("out", out, "b s_q h_q d_v", _DTYPES)
+    check_array("lse", lse, "b h_q s_q", (jnp.float32,))
+    for lse_axis, out_axis, name in ((0, 0, "b"), (1, 2, "h_q"), (2, 1, "s_q")):
+        check_axis("lse", lse, lse_axis, out.shape[out_axis], f"the {name} of out")
+    gathered = jax.lax.all_gather(_pack(out, lse), _check_axis_name(axis_name), to="invarying")
+    return merge_attention_states(*_unpack(gathered, out.dtype))
+
+
+def _check_axis_name(axis_name):
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}"
+        )
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"axis_name {name!r} is not a manual mesh axis here; call "
+                "merge_attention_states_across inside a jax.shard_map over that axis"
+            ) from None
+    return names
+
+
+def _pack(out, lse):
+    """One array of both: [b, s_q, h_q, d_v + 4 / itemsize], of unsigned integers.
+
+    Integers, so that nothing on the way takes lse's bits for floating-point numbers.
+    """
+    bits = jnp.dtype(f"uint{8 * out.dtype.itemsize}")
+    lse_bits = jax.lax.bitcast_convert_type(jnp.swapaxes(lse, 1, 2), bits)
+    return jnp.concatenate(
+        [jax.lax.bitcast_convert_type(out, bits), lse_bits.reshape(*out.shape[:3], -1)], axis=-1
+    )
+
+
+def _unpack(packed, dtype):
+    """(outs, lses) of packed [n, b, s_q, h_q, ...]."""
+    lse_columns = jnp.dtype(jnp.float32).itemsize // packed.dtype.itemsize
+    outs = jax.lax.bitcast_convert_type(packed[..., :-lse_columns], dtype)
+    lses = packed[..., -lse_columns:]
+    lses = jax.lax.bitcast_convert_type(lses if lse_columns > 1 else lses[..., 0], jnp.float32)
+    return outs, jnp.swapaxes(lses, 2, 3)

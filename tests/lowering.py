@@ -1,0 +1,99 @@
+"""Programs for GPUs that are not there: shapes to lower, StableHLO text, H200s to compile for."""
+
+import functools
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import D_K, D_V
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding
+
+import jax_flashmla as fm
+
+DECODE, SCHEDULE, APPEND = (
+    f"jax_flashmla_{name}" for name in ("dense_decode", "tile_scheduler", "append_kv")
+)
+
+
+def struct(shape, dtype=jnp.bfloat16, **options):
+    return jax.ShapeDtypeStruct(shape, dtype, **options)
+
+
+def decode_structs(b=4, s_q=1, h_q=16, h_kv=1, *, d_k=D_K, page=64, dtype=jnp.bfloat16):
+    return (
+        struct((b, s_q, h_q, d_k), dtype),
+        struct((100, page, h_kv, d_k), dtype),
+        struct((b, 10), jnp.int32),
+        struct((b,), jnp.int32),
+    )
+
+
+def decode(*arrays, d_v=D_V, metadata=(None, None), **options):
+    return fm.flash_mla_with_kvcache(*arrays, d_v, *metadata, **options)
+
+
+def text_for_cuda(function, *structs):
+    fresh = jax.jit(lambda *args: function(*args))  # JAX remembers how it lowered a function
+    return fresh.trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def custom_calls(text):
+    """The lines of our custom calls, by target."""
+    lines = re.findall(r"^.*stablehlo\.custom_call @(jax_flashmla_\w+)(.*)$", text, re.MULTILINE)
+    targets = {target for target, _ in lines}
+    return {target: [rest for t, rest in lines if t == target] for target in targets}
+
+
+PASSED_ON = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
+"""What `operations_on` finds that neither writes nor copies."""
+
+
+def operations_on(elements, hlo):
+    """The names of the operations that make an array of so many elements."""
+    names = set()
+    for result, name in re.findall(
+        r"^ *(?:ROOT )?%\S+ = (.*?) ([a-z][a-z0-9-]*)\(", hlo, re.MULTILINE
+    ):
+        shapes = re.findall(r"\w+\[([\d,]+)\]", result)
+        if elements in [math.prod(map(int, shape.split(","))) for shape in shapes]:
+            names.add(name)
+    return names
+
+
+def copies_in(hlo, shape=None):
+    """The instructions that copy an array of this shape, or of any with an axis."""
+    dims = r"\d[\d,]*" if shape is None else ",".join(map(str, shape))
+    return re.findall(rf"= \(?\w+\[{dims}\].*? copy(?:-start)?\(", hlo)
+
+
+def cpu_mesh(sizes, names, types=AxisType.Auto):
+    """A mesh of CPU devices."""
+    devices = np.array(jax.devices("cpu")[: int(np.prod(sizes))]).reshape(sizes)
+    return jax.sharding.Mesh(devices, names, axis_types=(types,) * len(sizes))
+
+
+@functools.cache
+def h200_mesh(sizes, names):
+    """A mesh of H200s that are not there."""
+    if importlib.util.find_spec("jax_plugins") is None or (
+        importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+    ):
+        pytest.skip("needs the jax-cuda13-plugin package")
+    config = Path(__file__).with_name("h200_target_config.pbtxt").read_text(encoding="utf-8")
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=config, topology=f"1x1x{int(np.prod(sizes))}"
+    )
+    return topologies.make_mesh(topology, sizes, names)
+
+
+def placed(structs, mesh, *specs):
+    return [
+        struct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(structs, specs, strict=True)
+    ]
