@@ -70,12 +70,11 @@ class Bench:
     kinds = ("given", "made")  # of ours: with metadata given, or made by each call
     sets_checked = None  # all
     sample = None  # of sequences that are checked: all
-    reuse_pages = False
 
-    def __init__(self, options, cases, machine, limit=None):
+    def __init__(self, options, cases, machine):
         self.options, self.cases, self.machine = options, cases, machine
         self.peer = machine.peer
-        self.pool = make_pool(cases, self.calls, limit)
+        self.pool = make_pool(cases, self.calls)
         self.pool.block_until_ready()
         self.compiler = Compiler()
 
@@ -119,7 +118,7 @@ class Bench:
 
     def inputs(self, case):
         draw = self.compiler[case.shape_key, "draw"]
-        return Inputs(case, draw, self.pool, self.calls(case), self.reuse_pages)
+        return Inputs(case, draw, self.pool, self.calls(case))
 
     def op_round(self, case, inputs, kind):
         metadata = ()

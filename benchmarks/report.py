@@ -269,8 +269,8 @@ def growth_section(results, plot):
         "How it grows",
         f"![share of the floor by batch and by length]({plot})\n\n"
         "Batches at one length, and lengths at two batches; 3 repeats, 4 sequences of one input "
-        "set compared\nwith float32. Pools hold 5 GB: larger cases read their pages more than "
-        "once, 5 GB apart. A batch of 1\nbelow 4096 tokens finds its pages in the L2.",
+        "set compared\nwith float32. No call reads a page twice. A batch of 1 below 4096 tokens "
+        "finds its pages in the L2.",
         ["case", "us", "share", "peer us", "ratio"],
         cells,
         note,

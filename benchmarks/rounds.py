@@ -29,17 +29,13 @@ MAX_POOL_TOKENS = 67584 * 64  # 5 GB; a case that needs more gets more
 ORACLE_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-def make_pool(cases, calls, limit=None):
-    """One random pool, [pages, page_block_size, 1, 576], that serves all cases of one dtype.
-
-    With a `limit` in tokens, cases that need more have to use pages more than once.
-    """
+def make_pool(cases, calls):
+    """One random pool, [pages, page_block_size, 1, 576], that serves all cases of one dtype."""
     dtype, page = DTYPES[cases[0].dtype], cases[0].page_block_size
     tokens = 0
     for case in cases:
         one = case.pages() * case.page_block_size
         tokens = max(tokens, one, min(one * calls(case), MAX_POOL_TOKENS))
-    tokens = min(tokens, limit or tokens)
     chunk = min(POOL_CHUNK_TOKENS, -(-tokens // 256) * 256)
     chunks = -(-tokens // chunk)
 
@@ -179,9 +175,9 @@ class Compiler:
 class Inputs:
     """The input sets of one case, on the device."""
 
-    def __init__(self, case, draw, pool, calls, reuse=False):
+    def __init__(self, case, draw, pool, calls):
         self.pool = pool
-        tables = page_tables(case, pool.shape[0], calls, reuse=reuse)
+        tables = page_tables(case, pool.shape[0], calls)
         self.tables = [jax.device_put(table) for table in tables]
         self.lengths = jnp.asarray(case.lengths(), jnp.int32)
         self._draw = draw

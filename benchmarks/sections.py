@@ -8,7 +8,7 @@ import layers
 import numpy as np
 import workloads
 from harness import HEADER, Bench, device_works, format_row, guarded, out_of_time
-from rounds import MAX_POOL_TOKENS, Inputs, Shapes
+from rounds import Inputs, Shapes
 from timing import time_rounds
 
 
@@ -25,7 +25,7 @@ class LayersBench(Bench):
 
     def __init__(self, options, cases, machine):
         self.count = 2 if options.smoke else workloads.LAYERS
-        super().__init__(options, cases, machine, limit=MAX_POOL_TOKENS)
+        super().__init__(options, cases, machine)
         self.peer = None
 
     def calls(self, case):
@@ -185,12 +185,11 @@ class GrowthBench(Bench):
     kinds = ("given",)
     sets_checked = 1
     sample = 4
-    reuse_pages = True
 
     def __init__(self, options, cases, machine):
         brief = {"repeats": min(options.repeats, 3), "rest": min(options.rest, 0.02)}
         options = argparse.Namespace(**vars(options) | brief)
-        super().__init__(options, cases, machine, limit=MAX_POOL_TOKENS)
+        super().__init__(options, cases, machine)
 
     def calls(self, case):
         """Fewer than elsewhere where one call takes long."""

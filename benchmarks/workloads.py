@@ -189,6 +189,7 @@ GROWTH_HEADS = (16, 128)
 GROWTH_LENGTH, GROWTH_BATCHES = 4096, tuple(2**i for i in range(13))
 GROWTH_LENGTHS = tuple(4**i for i in range(3, 11))  # 64 to 1M
 GROWTH_LENGTH_BATCHES = (1, 128)
+MAX_GROWTH_TOKENS = 2**24  # 19 GB: no page is read twice in a call
 
 
 def growth_cases():
@@ -199,6 +200,7 @@ def growth_cases():
         for h in GROWTH_HEADS
         for batch in GROWTH_LENGTH_BATCHES
         for length in GROWTH_LENGTHS
+        if batch * length <= MAX_GROWTH_TOKENS
     ]
 
     def order(case):
@@ -218,33 +220,22 @@ SMOKE = [
 ]
 
 
-def page_tables(case, pool_pages, sets, seed=0, reuse=False):
+def page_tables(case, pool_pages, sets, seed=0):
     """Block tables i32[sets, batch, width] over one pool, its pages handed out in random order.
 
     Sets share no page as long as the pool has enough of them; columns past the end of a
-    sequence hold 0. With `reuse` a case may need more pages than there are: it then goes
-    through the whole pool, in the same order, as often as it takes.
+    sequence hold 0.
     """
     rng = np.random.default_rng(seed)
     needed = case.pages()
-    if needed > pool_pages and reuse:
-        pool_pages = rng.permutation(pool_pages)
-        return _fill_tables(case, [np.resize(pool_pages, needed)] * sets)
     if needed > pool_pages:
         raise ValueError(f"{case.name} needs {needed} pages, the pool has {pool_pages}")
-    free, taken = rng.permutation(pool_pages), []
-    for _ in range(sets):
+    tables = np.zeros((sets, case.batch, case.table_width), np.int32)
+    free = rng.permutation(pool_pages)
+    for table in tables:
         if len(free) < needed:
             free = rng.permutation(pool_pages)
-        taken.append(free[:needed])
-        free = free[needed:]
-    return _fill_tables(case, taken)
-
-
-def _fill_tables(case, pages):
-    """Block tables in which the sequences take the `pages` of each set one after the other."""
-    tables = np.zeros((len(pages), case.batch, case.table_width), np.int32)
-    for table, taken in zip(tables, pages, strict=True):
+        taken, free = free[:needed], free[needed:]
         start = 0
         for row, length in zip(table, case.lengths(), strict=True):
             count = math.ceil(length / case.page_block_size)

@@ -494,7 +494,7 @@ class Scorer {
       }
       Announce();
       Finish(work, piece, softmax);
-      Release<1>(&smem_.piece_empty[piece_.Slot()]);
+      Arrive(&smem_.piece_empty[piece_.Slot()]);
       piece_.Advance();
     }
   }
@@ -666,11 +666,12 @@ class ValueAccumulator {
         v_.Advance(4);
       }
       if (num_tiles > 0) Wait(&smem_.message_full[message_.Slot()], message_.Parity());
-      const float factor[2] = {smem_.row_factor[message_.Slot()][FragmentRow()],
-                               smem_.row_factor[message_.Slot()][FragmentRow() + 8]};
+      float factor[2];
+      ReadFactors(factor);
+      QuadBroadcast(factor);
       Write(work, factor);
       ReleaseMessage();
-      Release<1>(&smem_.piece_empty[piece_.Slot()]);
+      Arrive(&smem_.piece_empty[piece_.Slot()]);
       piece_.Advance();
     }
   }
@@ -681,9 +682,19 @@ class ValueAccumulator {
 
   __device__ __forceinline__ const Piece& ThisPiece() const { return smem_.pieces[piece_.Slot()]; }
 
+  // Each lane that read factors arrives, for P with the rest of its warp behind a __syncwarp.
   __device__ __forceinline__ void ReleaseMessage() {
-    Release<1>(&smem_.message_empty[message_.Slot()]);
+    __syncwarp();
+    if (IsFirstOfQuad()) Arrive(&smem_.message_empty[message_.Slot()]);
     message_.Advance();
+  }
+
+  // The factors of this thread's two rows, 1 in all but the first lane of a quad.
+  __device__ __forceinline__ void ReadFactors(float (&factor)[2]) const {
+    factor[0] = factor[1] = 1.f;
+    if (!IsFirstOfQuad()) return;
+    factor[0] = smem_.row_factor[message_.Slot()][FragmentRow()];
+    factor[1] = smem_.row_factor[message_.Slot()][FragmentRow() + 8];
   }
 
   __device__ __forceinline__ void Clear() {
@@ -695,17 +706,18 @@ class ValueAccumulator {
   }
 
   __device__ __forceinline__ void Rescale() {
-    const float top = smem_.row_factor[message_.Slot()][FragmentRow()];
-    const float bottom = smem_.row_factor[message_.Slot()][FragmentRow() + 8];
-    if (!__any_sync(kFullWarp, top != 1.f || bottom != 1.f)) return;
+    float factor[2];
+    ReadFactors(factor);
+    if (!__any_sync(kFullWarp, factor[0] != 1.f || factor[1] != 1.f)) return;
+    QuadBroadcast(factor);
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int j = 0; j < kAccumulators; j += 4) {
-        o_[n][j] *= top;
-        o_[n][j + 1] *= top;
-        o_[n][j + 2] *= bottom;
-        o_[n][j + 3] *= bottom;
+        o_[n][j] *= factor[0];
+        o_[n][j + 1] *= factor[0];
+        o_[n][j + 2] *= factor[1];
+        o_[n][j + 3] *= factor[1];
       }
     }
   }
@@ -848,11 +860,11 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
   }
   for (int i = 0; i < kMessageSlots; ++i) {
     BarrierInit(&smem.message_full[i], kWarpgroupSize / 4);
-    BarrierInit(&smem.message_empty[i], kWarpsPerWarpgroup * kValueWarpgroups);
+    BarrierInit(&smem.message_empty[i], kWarpgroupSize / 4 * kValueWarpgroups);
   }
   for (int i = 0; i < kPieceSlots; ++i) {
     BarrierInit(&smem.piece_full[i], 1);
-    BarrierInit(&smem.piece_empty[i], 1 + kWarpsPerWarpgroup * (1 + kValueWarpgroups));
+    BarrierInit(&smem.piece_empty[i], 1 + kWarpgroupSize * (1 + kValueWarpgroups));
   }
   for (int i = 0; i < kPageBatches; ++i) {
     BarrierInit(&smem.pages_full[i], kWarpSize);

@@ -144,7 +144,9 @@ def test_equal_lengths_stay_whole_where_that_costs_little(length):
     np.testing.assert_array_equal(num_splits, np.arange(129))
 
 
-@pytest.mark.parametrize(("batch", "length", "splits"), [(64, 8192, 2), (32, 4096, 4), (8, 8192, 16)])
+@pytest.mark.parametrize(
+    ("batch", "length", "splits"), [(64, 8192, 2), (32, 4096, 4), (8, 8192, 16)]
+)
 def test_equal_lengths_get_equal_splits(batch, length, splits):
     metadata, num_splits = fm.get_mla_metadata(
         jnp.full(batch, length, jnp.int32), 64, 1, num_sms=132, implementation="xla"

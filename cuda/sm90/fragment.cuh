@@ -31,6 +31,12 @@ __device__ __forceinline__ float QuadSum(float x) {
   return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
+// Gives all lanes of a quad the values of its first one.
+__device__ __forceinline__ void QuadBroadcast(float (&x)[2]) {
+  x[0] = __shfl_sync(kFullWarp, x[0], 0, 4);
+  x[1] = __shfl_sync(kFullWarp, x[1], 0, 4);
+}
+
 // Two floats rounded to T, `low` in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t Pack(float low, float high) {
