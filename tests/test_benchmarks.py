@@ -513,3 +513,18 @@ def test_the_readme_quotes_the_results():
             row = rows[int(batch), int(length), bool(varlen), *column]
             share = f"{100 * row['of_floor']:.0f}%"
             assert cell.strip() == f"{row['us']:.1f} ({share}, {row['ratio']:.2f}x)"
+
+
+def test_the_docs_quote_the_results_on_two_gpus():
+    results = json.loads((BENCHMARKS / "results/h200_x2.json").read_text())
+    text = (BENCHMARKS.parent / "docs/parallelism.md").read_text()
+    assert f"commit `{results['commit']}`" in text
+    lines = re.findall(r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \|(.*)\|$", text, re.MULTILINE)
+    assert len(lines) == len(results["rows"])
+    for (kind, batch, length, s_q, cells), row in zip(lines, results["rows"], strict=True):
+        assert (kind, int(batch), int(length), int(s_q)) == (
+            row["kind"], row["batch"], row["length"], row["s_q"]
+        )  # fmt: skip
+        assert cells.split("|")[-1].strip() == f"{row['speedup']:.2f}x"
+        times = [float(cell) for cell in cells.split("|")[:2]]
+        np.testing.assert_allclose(times, [row["one_us"], row["two_us"]], atol=0.051)
