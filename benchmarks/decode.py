@@ -76,9 +76,9 @@ def prepare_environment(options):
 def main(argv=None):
     options = parse_arguments(argv)
     prepare_environment(options)
-    import harness  # imports JAX, which reads the environment
+    import runner  # imports JAX, which reads the environment
 
-    return harness.main(options)
+    return runner.main(options)
 
 
 if __name__ == "__main__":

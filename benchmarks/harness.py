@@ -15,7 +15,6 @@ import overlap
 import workloads
 from peers import FlashMLA, find_flashmla
 from power import Meter, sustain
-from results_file import SECTIONS, Results, commit_of
 from rounds import Compiler, Inputs, OpRound, Shapes, make_pool
 from timing import time_rounds
 
@@ -341,41 +340,3 @@ def run_cases(options, machine, results, cases, started):
     print_summary(results.data["rows"])
     bench.compiler.close()
     return 0
-
-
-def run_sections(options, machine, results, started):
-    """The sections that are asked for, one after the other."""
-    import sections  # which builds on this module
-
-    for name in SECTIONS:
-        if not getattr(options, name) or out_of_time(options, results, name, started):
-            continue
-        results.begin(name)
-        run = getattr(sections, f"run_{name}")
-        guarded(results, name, run, options, machine, results, started)
-        results.save()
-        print(f"{name}: after {time.monotonic() - started:.0f} s", flush=True)
-
-
-def main(options):
-    started = time.monotonic()
-    cases = select_cases(options)
-    if not cases:
-        raise SystemExit(f"no case matches {options.cases!r}")
-    device = jax.devices()[0]
-    sms = getattr(device, "core_count", 0)
-    name = f"{device.device_kind}, {sms} SMs, jax {jax.__version__}"
-    print(f"{len(cases) if options.table else 0} cases on {name}, "
-          f"implementation {options.implementation}", flush=True)  # fmt: skip
-    machine = Machine(options)
-    append = options.append if options.table else "sections"
-    results = Results(options.out, append, name, commit_of(options))
-    status = run_cases(options, machine, results, cases, started) if options.table else 0
-    if options.profile:
-        return status
-    run_sections(options, machine, results, started)
-    print(f"{len(results.data['rows'])} rows, {len(results.errors)} errors, "
-          f"{time.monotonic() - started:.0f} s", *results.errors, sep="\n")  # fmt: skip
-    rows = results.data["rows"] + [row for s in results.sections.values() for row in s["rows"]]
-    wrong = [row for row in rows if not row["rel_err"] <= MAX_REL_ERR]
-    return 1 if wrong or results.errors else 0

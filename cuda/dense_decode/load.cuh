@@ -1,0 +1,172 @@
+// The loading thread of dense decode.
+#pragma once
+
+#include "../sm90/tma.cuh"
+#include "block.cuh"
+
+namespace jax_flashmla::dense_decode {
+
+// One thread, which issues all copies.
+template <typename T, int kClusterSize>
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(SharedMemoryPlan<T>& smem, const CUtensorMap& q_map,
+                                    const CUtensorMap& k_map, const DecodeParams& params)
+      : smem_(smem), q_map_(q_map), k_map_(k_map), params_(params) {
+    if constexpr (kClusterSize > 1) turn_ = ClusterRank();
+  }
+
+  __device__ __forceinline__ void Run(const BlockWork& work) {
+    kv_head_ = work.kv_head;
+    const int num_pieces = work.NumPieces();
+    for (int i = 0; i < num_pieces; ++i) {
+      Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
+      LoadPiece(work, smem_.pieces[piece_.Slot()]);
+      Arrive(&smem_.piece_empty[piece_.Slot()]);
+      piece_.Advance();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void LoadPiece(const BlockWork& work, const Piece& piece) {
+    if (piece.num_tiles == 0) return;
+    // Pages that only this cluster reads, once, make room for the partial results of a split
+    // request. Where nothing is split it is slower.
+    const bool read_once = params_.row_tiles <= kClusterSize;
+    policy_ = piece.slot >= 0 && read_once ? kEvictFirst : kEvictNormal;
+    end_ = piece.first_tile + piece.num_tiles;
+    LoadRegisterQueries(work.row_tile * kTileRows, piece.request);
+    OpenBatch(piece.FirstPage(params_.page_shift));
+    LoadTile(piece.first_tile);
+    // Behind the first tile: the last piece may still be using it, which holds up no key.
+    LoadTailQueries(work.row_tile * kTileRows, piece.request);
+    for (int t = piece.first_tile + 1; t < end_; ++t) LoadTile(t);
+    CloseBatch();
+  }
+
+  // The query chunks that score moves to registers pass through kQuerySlots slots of V columns.
+  __device__ __forceinline__ void LoadRegisterQueries(int row, int request) {
+#pragma unroll 1
+    for (int first = 0; first < kRegisterChunks; first += kQuarterChunks) {
+      const int chunks = min(kQuarterChunks, kRegisterChunks - first);
+      Barrier* full = &smem_.v_full[v_.Slot()];
+      Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
+      ArriveExpectBytes(full, chunks * SmemTile<T>::kBytes);
+#pragma unroll 1
+      for (int c = 0; c < chunks; ++c) {
+        TmaLoad4d(&smem_.v[v_.Slot()][c], &q_map_, full, kEvictNormal, (first + c) * kChunkColumns,
+                  row, kv_head_, request);
+      }
+      v_.Advance();
+    }
+  }
+
+  __device__ __forceinline__ void LoadTailQueries(int row, int request) {
+    Wait(&smem_.q_empty, q_parity_ ^ 1);
+    q_parity_ ^= 1;
+    ArriveExpectBytes(&smem_.q_full, kTailChunks * SmemTile<T>::kBytes);
+#pragma unroll
+    for (int c = 0; c < kTailChunks; ++c) {
+      TmaLoad4d(&smem_.q_tail[c], &q_map_, &smem_.q_full, kEvictNormal,
+                (kRegisterChunks + c) * kChunkColumns, row, kv_head_, request);
+    }
+  }
+
+  __device__ __forceinline__ void LoadTile(int tile) {
+    const int page = tile * kTileTokens >> params_.page_shift;
+    if (page == batch_end_) {
+      CloseBatch();
+      OpenBatch(page);
+    }
+    const int* ids = PageIds(page);
+    const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+    // Here the arithmetic is the limit and keys must not be late; where the memory is the limit,
+    // more in flight is slower.
+    if constexpr (kClusterSize > 1) PrefetchTile(tile + 1);
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Barrier* full = &smem_.v_full[v_.Slot()];
+      Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
+      ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
+#pragma unroll
+      for (int c = 0; c < kQuarterChunks; ++c) {
+        LoadChunk(&smem_.v[v_.Slot()][c], full, quarter * kQuarterChunks + c, ids, row);
+      }
+      v_.Advance();
+    }
+    Wait(&smem_.rope_empty[rope_.Slot()], rope_.Parity() ^ 1);
+    ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], SmemTile<T>::kBytes);
+    LoadChunk(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1, ids, row);
+    rope_.Advance();
+  }
+
+  // This block's share of a tile, as far as the open batch of page ids reaches. Unrolled: the
+  // loader's own time counts here.
+  __device__ __forceinline__ void PrefetchTile(int tile) {
+    const int page = tile * kTileTokens >> params_.page_shift;
+    if (tile >= end_ || page >= batch_end_) return;
+    const int page_tokens = min(1 << params_.page_shift, kTileTokens);
+    const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+    const int* id = PageIds(page);
+#pragma unroll 1
+    for (int j = 0; j < kTileTokens; j += page_tokens) {
+#pragma unroll
+      for (int c = 0; c < kChunks; c += kClusterSize) {
+        const int chunk = c + (turn_ & 1);
+        if (chunk < kChunks) {
+          TmaPrefetch4d(&k_map_, chunk * kChunkColumns, kv_head_, row, *id);
+        }
+      }
+      ++id;
+    }
+  }
+
+  // The ids from that of a page of the open batch on.
+  __device__ __forceinline__ const int* PageIds(int page) const {
+    return &smem_.pages[pages_.Slot()][page - (batch_end_ - kWarpSize)];
+  }
+
+  // A batch of page ids, the first of which is that of page `page` of the sequence.
+  __device__ __forceinline__ void OpenBatch(int page) {
+    Wait(&smem_.pages_full[pages_.Slot()], pages_.Parity());
+    batch_end_ = page + kWarpSize;
+  }
+  __device__ __forceinline__ void CloseBatch() {
+    Arrive(&smem_.pages_empty[pages_.Slot()]);
+    pages_.Advance();
+  }
+
+  // In one box where pages hold whole tiles, else in one box a page.
+  __device__ __forceinline__ void LoadChunk(SmemTile<T>* tile, Barrier* full, int chunk,
+                                            const int* ids, int row) {
+    if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block's turn
+    const int page_tokens = min(1 << params_.page_shift, kTileTokens);
+    T* destination = tile->data;
+#pragma unroll 1
+    for (int j = 0; j < kTileTokens; j += page_tokens) {
+      if constexpr (kClusterSize == 1) {
+        TmaLoad4d(destination, &k_map_, full, policy_, chunk * kChunkColumns, kv_head_, row, *ids);
+      } else {
+        TmaLoadMulticast4d(destination, &k_map_, full, policy_, (1 << kClusterSize) - 1,
+                           chunk * kChunkColumns, kv_head_, row, *ids);
+      }
+      ++ids;
+      destination += page_tokens * kChunkColumns;
+    }
+  }
+
+  SharedMemoryPlan<T>& smem_;
+  const CUtensorMap &q_map_, &k_map_;
+  const DecodeParams& params_;
+  CachePolicy policy_;  // for the keys of this piece
+  int kv_head_;
+  int end_;  // the tile behind this piece
+  uint32_t turn_ = 0, q_parity_ = 0;
+  int batch_end_;  // the page of the sequence behind the open batch of page ids
+  RingCursor<kPieceSlots> piece_;
+  RingCursor<kPageBatches> pages_;
+  RingCursor<kValueSlots> v_;
+  RingCursor<kRopeSlots> rope_;
+};
+
+}  // namespace jax_flashmla::dense_decode
