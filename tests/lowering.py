@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+import os
 import re
 from pathlib import Path
 
@@ -78,13 +79,20 @@ def cpu_mesh(sizes, names, types=AxisType.Auto):
     return jax.sharding.Mesh(devices, names, axis_types=(types,) * len(sizes))
 
 
+def skip_compiling(reason):
+    """Skips a test that compiles for an H200, or fails it where all of them must run."""
+    if os.environ.get("JAX_FLASHMLA_REQUIRE_H200_COMPILER") == "1":
+        pytest.fail(f"JAX_FLASHMLA_REQUIRE_H200_COMPILER=1, but {reason}", pytrace=False)
+    pytest.skip(f"cannot compile for an H200: {reason}")
+
+
 @functools.cache
 def h200_mesh(sizes, names):
     """A mesh of H200s that are not there."""
     if importlib.util.find_spec("jax_plugins") is None or (
         importlib.util.find_spec("jax_plugins.xla_cuda13") is None
     ):
-        pytest.skip("needs the jax-cuda13-plugin package")
+        skip_compiling("the package jax-cuda13-plugin is missing")
     config = Path(__file__).with_name("h200_target_config.pbtxt").read_text(encoding="utf-8")
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=config, topology=f"1x1x{int(np.prod(sizes))}"
