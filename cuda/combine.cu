@@ -149,10 +149,7 @@ __device__ __forceinline__ void WriteColumns(const CombineParams& params, int re
 
 __device__ __forceinline__ void WriteLse(const CombineParams& params, int request, int kv_head,
                                          int row, float total) {
-  const int64_t head =
-      (static_cast<int64_t>(request) * params.num_kv_heads + kv_head) * params.group +
-      row % params.group;
-  params.lse[head * params.s_q + row / params.group] = NaturalLse(total);
+  params.lse[LseOffset(params, request, kv_head, row)] = NaturalLse(total);
 }
 
 // A warp a row.
@@ -220,10 +217,6 @@ __global__ void __launch_bounds__(BlockWarps(kWarps) * kWarpSize, BlockWarps(kWa
     if (row < params.rows) CombineRow<T>(params, request, kv_head, row);
   }
 }
-
-}  // namespace
-
-namespace {
 
 // How many warps make a quarter row (0: one makes a row), so that few of them load more than the
 // 9 splits that a warp has in flight; by the number of splits of a request, on average.

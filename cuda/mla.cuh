@@ -44,6 +44,16 @@ __host__ __device__ constexpr int PartialSlot(int part, int split) {
   return 2 * part + (split == 0 ? 1 : 0);
 }
 
+// Where row `row` of a KV head stands in softmax_lse [b, h_q, s_q].
+template <typename Params>
+__device__ __forceinline__ int64_t LseOffset(const Params& params, int request, int kv_head,
+                                             int row) {
+  const int64_t head =
+      (static_cast<int64_t>(request) * params.num_kv_heads + kv_head) * params.group +
+      row % params.group;
+  return head * params.s_q + row / params.group;
+}
+
 template <typename Int>
 __host__ __device__ constexpr Int CeilDiv(Int a, Int b) {
   return (a + b - 1) / b;

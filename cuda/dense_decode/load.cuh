@@ -73,13 +73,13 @@ class Loader {
   }
 
   __device__ __forceinline__ void LoadTile(int tile) {
-    const int page = tile * kTileTokens >> params_.page_shift;
+    const int page = PageOf(tile);
     if (page == batch_end_) {
       CloseBatch();
       OpenBatch(page);
     }
     const int* ids = PageIds(page);
-    const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+    const int row = RowInPage(tile);
     // Here the arithmetic is the limit and keys must not be late; where the memory is the limit,
     // more in flight is slower.
     if constexpr (kClusterSize > 1) PrefetchTile(tile + 1);
@@ -103,13 +103,13 @@ class Loader {
   // This block's share of a tile, as far as the open batch of page ids reaches. Unrolled: the
   // loader's own time counts here.
   __device__ __forceinline__ void PrefetchTile(int tile) {
-    const int page = tile * kTileTokens >> params_.page_shift;
+    const int page = PageOf(tile);
     if (tile >= end_ || page >= batch_end_) return;
-    const int page_tokens = min(1 << params_.page_shift, kTileTokens);
-    const int row = tile * kTileTokens & ((1 << params_.page_shift) - 1);
+    const int box_tokens = BoxTokens();
+    const int row = RowInPage(tile);
     const int* id = PageIds(page);
 #pragma unroll 1
-    for (int j = 0; j < kTileTokens; j += page_tokens) {
+    for (int j = 0; j < kTileTokens; j += box_tokens) {
 #pragma unroll
       for (int c = 0; c < kChunks; c += kClusterSize) {
         const int chunk = c + (turn_ & 1);
@@ -119,6 +119,18 @@ class Loader {
       }
       ++id;
     }
+  }
+
+  // Where a tile begins: the page of the sequence, and the token in it.
+  __device__ __forceinline__ int PageOf(int tile) const {
+    return tile * kTileTokens >> params_.page_shift;
+  }
+  __device__ __forceinline__ int RowInPage(int tile) const {
+    return tile * kTileTokens & ((1 << params_.page_shift) - 1);
+  }
+  // Tokens of a box: all of a tile, or of a page that is smaller.
+  __device__ __forceinline__ int BoxTokens() const {
+    return min(1 << params_.page_shift, kTileTokens);
   }
 
   // The ids from that of a page of the open batch on.
@@ -140,10 +152,10 @@ class Loader {
   __device__ __forceinline__ void LoadChunk(SmemTile<T>* tile, Barrier* full, int chunk,
                                             const int* ids, int row) {
     if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block's turn
-    const int page_tokens = min(1 << params_.page_shift, kTileTokens);
+    const int box_tokens = BoxTokens();
     T* destination = tile->data;
 #pragma unroll 1
-    for (int j = 0; j < kTileTokens; j += page_tokens) {
+    for (int j = 0; j < kTileTokens; j += box_tokens) {
       if constexpr (kClusterSize == 1) {
         TmaLoad4d(destination, &k_map_, full, policy_, chunk * kChunkColumns, kv_head_, row, *ids);
       } else {
@@ -151,7 +163,7 @@ class Loader {
                            chunk * kChunkColumns, kv_head_, row, *ids);
       }
       ++ids;
-      destination += page_tokens * kChunkColumns;
+      destination += box_tokens * kChunkColumns;
     }
   }
 

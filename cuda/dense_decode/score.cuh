@@ -167,11 +167,7 @@ class Scorer {
         const int64_t base = static_cast<int64_t>(piece.slot) * params_.num_kv_heads + work.kv_head;
         params_.lse_partial[base * params_.rows + row] = lse2[i];
       } else {
-        const int64_t head =
-            (static_cast<int64_t>(piece.request) * params_.num_kv_heads + work.kv_head) *
-                params_.group +
-            row % params_.group;
-        params_.lse[head * params_.s_q + row / params_.group] = NaturalLse(lse2[i]);
+        params_.lse[LseOffset(params_, piece.request, work.kv_head, row)] = NaturalLse(lse2[i]);
       }
     }
   }
