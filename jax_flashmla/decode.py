@@ -179,20 +179,7 @@ def _check_metadata(metadata, num_splits, b, rows, h_kv):
             check_axis(name, x, axis, size, "as get_mla_metadata made it for this batch")
 
 
-def _result_types(
-    q,
-    k_cache,
-    block_table,
-    cache_seqlens,
-    part_bounds,
-    first_part,
-    num_splits,
-    causal_offset=None,
-    *,
-    head_dim_v,
-    softmax_scale,
-    causal,
-):
+def _result_types(q, *_, head_dim_v, softmax_scale, causal):
     b, s_q, h_q, _ = q.shape
     return [((b, s_q, h_q, head_dim_v), q.dtype), ((b, h_q, s_q), jnp.float32)]
 
