@@ -54,8 +54,8 @@ def flash_mla_with_kvcache(
       cache_seqlens: i32 [b], tokens of each sequence, those of q included.
       head_dim_v: d_v, at most d_k.
       tile_scheduler_metadata, num_splits: the schedule from `get_mla_metadata`, made once a step
-        for all layers; without both of them the op makes it. One made for other lengths gives the
-        same results, only slower.
+        for all layers; without both of them the op makes it. One made for other lengths gives
+        right results as well, only slower.
       softmax_scale: a static Python number, finite and above 0; default d_k ** -0.5.
       causal: query i of a sequence sees its first cache_seqlens - s_q + 1 + i tokens.
       causal_offset: i32 [b], default 0, only with causal: moves that boundary, so that query i
@@ -121,6 +121,7 @@ def flash_mla_with_kvcache(
         softmax_scale=scale,
         # One query sees all keys, unless an offset says otherwise.
         causal=causal and (s_q > 1 or causal_offset is not None),
+        fixed_split_size=tile_scheduler_metadata.fixed_split_size,
         implementation=implementation,
     )
     return out, lse
@@ -179,7 +180,7 @@ def _check_metadata(metadata, num_splits, b, rows, h_kv):
             check_axis(name, x, axis, size, "as get_mla_metadata made it for this batch")
 
 
-def _result_types(q, *_, head_dim_v, softmax_scale, causal):
+def _result_types(q, *_, head_dim_v, **params):
     b, s_q, h_q, _ = q.shape
     return [((b, s_q, h_q, head_dim_v), q.dtype), ((b, h_q, s_q), jnp.float32)]
 
@@ -193,6 +194,8 @@ def _reference(
     first_part,
     num_splits,
     causal_offset=None,
+    *,
+    fixed_split_size,
     **params,
 ):
     return reference.decode(q, k_cache, block_table, cache_seqlens, causal_offset, **params)
@@ -211,6 +214,7 @@ def _kernel(
     head_dim_v,
     softmax_scale,
     causal,
+    fixed_split_size,
 ):
     b, s_q, h_q, d_k = q.shape
     h_kv = k_cache.shape[2]
@@ -257,7 +261,7 @@ def _kernel(
     return out.reshape(b, s_q, h_q, head_dim_v), lse
 
 
-def _kernel_gap(q, k_cache, *_, head_dim_v, softmax_scale, causal):
+def _kernel_gap(q, k_cache, *_, head_dim_v, **params):
     if q.dtype not in KERNEL_DTYPES:
         return f"there is a kernel for bfloat16 and float16, not for q in {q.dtype.name}"
     if (q.shape[3], head_dim_v) != KERNEL_HEAD_DIMS:
@@ -273,7 +277,7 @@ def _kernel_gap(q, k_cache, *_, head_dim_v, softmax_scale, causal):
     return None
 
 
-def _batch(args, dims, *, implementation, **params):
+def _batch(args, dims, *, fixed_split_size, implementation, **params):
     """Folds the mapped axis into the batch, with one schedule for all of it."""
     n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     by_sequence = (0, 2, 3, *range(7, len(args)))  # q, table, lengths, the offset if given
@@ -290,8 +294,13 @@ def _batch(args, dims, *, implementation, **params):
         x.reshape(-1, *x.shape[2:]) for x in (q, block_table, cache_seqlens, *causal_offset)
     )
     bounds_shape = [size for axis, size in enumerate(args[4].shape) if axis != dims[4]]
+    num_parts = bounds_shape[0] - 1
     schedule = get_mla_metadata_op(
-        cache_seqlens, num_parts=bounds_shape[0] - 1, implementation=implementation
+        cache_seqlens,
+        # Splits of a fixed size are as many for each sequence as before.
+        num_parts=num_parts if fixed_split_size is None else n * num_parts,
+        fixed_split_size=fixed_split_size,
+        implementation=implementation,
     )
     results = flash_mla_with_kvcache_op(
         q,
@@ -300,6 +309,7 @@ def _batch(args, dims, *, implementation, **params):
         cache_seqlens,
         *schedule,
         *causal_offset,
+        fixed_split_size=fixed_split_size,
         implementation=implementation,
         **params,
     )

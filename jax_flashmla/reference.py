@@ -83,20 +83,44 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     whole = jnp.max(jnp.diff(end[last], prepend=0))
     largest = jnp.where(parts == 1, whole, jnp.max(_ceil_div(tiles, parts)))
     aligned = largest - payload <= payload // ALIGNED_TOLERANCE
+    tiles_a_split = jnp.maximum(_ceil_div(tiles, parts), 1)
     equal = part_bounds, first_part, num_splits
     return tuple(
         jnp.where(aligned, ours, theirs).astype(jnp.int32)
         for ours, theirs in zip(
-            _aligned_parts(tiles, requests, parts, num_parts=num_parts), equal, strict=True
+            _aligned_parts(tiles, tiles_a_split, requests, parts, num_parts=num_parts),
+            equal,
+            strict=True,
         )
     )
 
 
-def _aligned_parts(tiles, requests, parts, *, num_parts):
+def fixed_schedule(
+    cache_seqlens: jax.Array, *, num_parts: int, fixed_split_size: int
+) -> tuple[jax.Array, ...]:
+    """Cuts each request into splits of `fixed_split_size` tokens, whatever else is in the batch.
+
+    Each has num_parts / b parts of its own, those behind its end empty. The last split of a
+    request that is longer than they hold has all that is left.
+
+    Args:
+      cache_seqlens: i32 [b], tokens of each sequence; negative ones count as 0.
+      num_parts: a multiple of b.
+      fixed_split_size: tokens, a multiple of TILE_TOKENS.
+
+    Returns:
+      part_bounds, first_part, num_splits: as of `schedule`.
+    """
+    tiles = _ceil_div(jnp.maximum(cache_seqlens, 0), TILE_TOKENS)
+    tiles_a_split = jnp.full_like(tiles, fixed_split_size // TILE_TOKENS)
+    parts = num_parts // tiles.shape[0]  # of a request
+    return _aligned_parts(tiles, tiles_a_split, 1, parts, num_parts=num_parts)
+
+
+def _aligned_parts(tiles, tiles_a_split, requests, parts, *, num_parts):
     """The schedule of parts that hold `requests` whole requests, or `parts` parts a request."""
     b = tiles.shape[0]
-    tiles_a_split = jnp.maximum(_ceil_div(tiles, parts), 1)
-    splits = jnp.maximum(_ceil_div(tiles, tiles_a_split), 1)
+    splits = jnp.clip(_ceil_div(tiles, tiles_a_split), 1, parts)
     part = jnp.arange(num_parts + 1, dtype=jnp.int32)
     request, split = jnp.minimum(part // parts * requests, b), part % parts
     inside = jnp.minimum(request, b - 1)
@@ -110,7 +134,7 @@ def _aligned_parts(tiles, requests, parts, *, num_parts):
         axis=1,
     )
     first_part = jnp.arange(b, dtype=jnp.int32) // requests * parts
-    num_splits = jnp.concatenate([jnp.zeros_like(splits[:1]), jnp.cumsum(splits)])
+    num_splits = jnp.concatenate([jnp.zeros_like(splits[:1]), jnp.cumsum(splits, dtype=jnp.int32)])
     return part_bounds, first_part, num_splits
 
 

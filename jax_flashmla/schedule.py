@@ -17,6 +17,8 @@ ROW_TILE = 64
 DEFAULT_NUM_SMS = 132
 """The SM count of an H100 or H200 SXM: the default where no CUDA device is visible."""
 
+_INT32_MAX = 2**31 - 1
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class TileSchedulerMetadata:
     num_heads_per_head_k: int = dataclasses.field(metadata={"static": True})
     num_heads_k: int = dataclasses.field(metadata={"static": True})
     num_parts: int = dataclasses.field(metadata={"static": True})
+    fixed_split_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 # For exported functions that take or return a schedule.
@@ -50,6 +53,8 @@ def get_mla_metadata(
     num_heads_k: int,
     *,
     num_sms: int | None = None,
+    fixed_split_size: int | None = None,
+    max_seqlen: int | None = None,
     implementation: str = "auto",
 ) -> tuple[TileSchedulerMetadata, jax.Array]:
     """Makes the schedule that one decode step shares among its layers.
@@ -57,7 +62,10 @@ def get_mla_metadata(
     A schedule made for other lengths still gives right results in `flash_mla_with_kvcache`, only
     slower; one made for another batch or other head counts is refused there.
 
-    The work is cut into equal shares as in FlashMLA (https://github.com/deepseek-ai/FlashMLA).
+    The work is cut into equal shares as in FlashMLA (https://github.com/deepseek-ai/FlashMLA), so
+    that where a sequence is split depends on the whole batch and on the SM count. With
+    fixed_split_size it depends on the sequence alone, and the kernel's results for a sequence are
+    the same bits whatever the batch: docs/tile_scheduler.md says what that takes and costs.
 
     Args:
       cache_seqlens: i32 [b], the tokens in the cache of each sequence, those of this step
@@ -65,7 +73,13 @@ def get_mla_metadata(
       num_heads_per_head_k: query rows per KV head, s_q * h_q / h_kv.
       num_heads_k: KV heads, h_kv.
       num_sms: the SMs to spread the work over; default: those of the local CUDA device, 132 where
-        there is none. Results are right on any SM count.
+        there is none. Results are right on any SM count. Not with fixed_split_size, where it
+        would change nothing.
+      fixed_split_size: tokens of a split, a static multiple of 64; default: no fixed size. The
+        scratch of a decode then grows with b * ceil(max_seqlen / fixed_split_size).
+      max_seqlen: a static bound of the lengths in tokens, such as the block table's width times the
+        page size; with fixed_split_size and only with it. A longer sequence still gets right
+        results, from a last split that is as long as it takes.
       implementation: "auto", "cuda" or "xla"; the integers are the same in each.
 
     Returns:
@@ -80,15 +94,49 @@ def get_mla_metadata(
     check_array("cache_seqlens", cache_seqlens, "b", (jnp.int32,))
     rows = static_int("num_heads_per_head_k", num_heads_per_head_k)
     h_kv = static_int("num_heads_k", num_heads_k)
-    sms = _local_num_sms() if num_sms is None else static_int("num_sms", num_sms)
     b = cache_seqlens.shape[0]
     if b == 0:
         raise ValueError("cache_seqlens must hold at least one sequence, got shape [0]")
-    num_parts = max(1, sms // (-(-rows // ROW_TILE) * h_kv))
+    if fixed_split_size is None and max_seqlen is None:
+        sms = _local_num_sms() if num_sms is None else static_int("num_sms", num_sms)
+        num_parts = max(1, sms // (-(-rows // ROW_TILE) * h_kv))
+    else:
+        num_parts = b * _splits_a_request(fixed_split_size, max_seqlen, num_sms)
+        fixed_split_size = int(fixed_split_size)
     part_bounds, first_part, num_splits = get_mla_metadata_op(
-        cache_seqlens, num_parts=num_parts, implementation=implementation
+        cache_seqlens,
+        num_parts=num_parts,
+        fixed_split_size=fixed_split_size,
+        implementation=implementation,
     )
-    return TileSchedulerMetadata(part_bounds, first_part, b, rows, h_kv, num_parts), num_splits
+    metadata = TileSchedulerMetadata(
+        part_bounds, first_part, b, rows, h_kv, num_parts, fixed_split_size
+    )
+    return metadata, num_splits
+
+
+def _splits_a_request(fixed_split_size, max_seqlen, num_sms) -> int:
+    """How many splits of a fixed size the longest sequence has; checks the arguments."""
+    if fixed_split_size is None or max_seqlen is None:
+        missing = "max_seqlen" if max_seqlen is None else "fixed_split_size"
+        raise ValueError(
+            "fixed_split_size and max_seqlen, a static bound of the lengths, come as a pair: pass "
+            f"both or neither, got None for {missing}"
+        )
+    if num_sms is not None:
+        raise ValueError(
+            f"num_sms changes nothing where splits have a fixed size; leave it out, got {num_sms}"
+        )
+    size = static_int("fixed_split_size", fixed_split_size, reference.TILE_TOKENS)
+    longest = static_int("max_seqlen", max_seqlen)
+    if size % reference.TILE_TOKENS:
+        raise ValueError(
+            f"fixed_split_size must be a multiple of {reference.TILE_TOKENS} tokens, got {size}"
+        )
+    for name, value in (("fixed_split_size", size), ("max_seqlen", longest)):
+        if value > _INT32_MAX:
+            raise ValueError(f"{name} must fit into int32, as lengths do, got {value}")
+    return -(-longest // size)
 
 
 def _local_num_sms() -> int:
@@ -96,32 +144,40 @@ def _local_num_sms() -> int:
     return int(devices[0].core_count) if devices else DEFAULT_NUM_SMS
 
 
-def _result_types(cache_seqlens, *, num_parts):
+def _result_types(cache_seqlens, *, num_parts, fixed_split_size):
     b = cache_seqlens.shape[0]
     return [((num_parts + 1, 2), jnp.int32), ((b,), jnp.int32), ((b + 1,), jnp.int32)]
 
 
-def _kernel(cache_seqlens, *, num_parts):
-    types = _result_types(cache_seqlens, num_parts=num_parts)
+def _reference(cache_seqlens, *, num_parts, fixed_split_size):
+    if fixed_split_size is None:
+        return reference.schedule(cache_seqlens, num_parts=num_parts)
+    return reference.fixed_schedule(
+        cache_seqlens, num_parts=num_parts, fixed_split_size=fixed_split_size
+    )
+
+
+def _kernel(cache_seqlens, **params):
+    if params["fixed_split_size"] is not None:  # a few operations, for which XLA will do
+        return _reference(cache_seqlens, **params)
+    types = _result_types(cache_seqlens, **params)
     call = jax.ffi.ffi_call(
         "jax_flashmla_tile_scheduler", [jax.ShapeDtypeStruct(*type_) for type_ in types]
     )
     return call(cache_seqlens)
 
 
-def _batch(args, dims, *, num_parts, implementation):
+def _batch(args, dims, *, implementation, **params):
     # Under vmap the decode op makes one schedule for the whole folded batch and drops these, so
     # that they cost nothing; they are right nevertheless.
-    results = jax.vmap(
-        lambda lengths: reference.schedule(lengths, num_parts=num_parts), in_axes=dims
-    )(*args)
+    results = jax.vmap(lambda lengths: _reference(lengths, **params), in_axes=dims)(*args)
     return results, (0, 0, 0)
 
 
 get_mla_metadata_op = Op(
     name="get_mla_metadata",
     result_types=_result_types,
-    reference=reference.schedule,
+    reference=_reference,
     kernel=_kernel,
     kernel_gap=lambda *_, **__: None,
     batch=_batch,
