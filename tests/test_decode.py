@@ -153,10 +153,12 @@ def test_poison_in_unused_slots(poison, implementation):
     "planned", [[0, 0, 0, 0], [1, 500, 3, 64], [500, 500, 500, 500], [0, 900, 0, 2**30]], ids=str
 )
 @pytest.mark.parametrize("actual", [[400, 64, 0, 129], [0, 0, 1, 0]], ids=str)
-def test_schedule_of_other_lengths(planned, actual, implementation):
+@pytest.mark.parametrize("fixed", [None, 64, 128])
+def test_schedule_of_other_lengths(fixed, planned, actual, implementation):
     """Lengths that grew, shrank, went from 0 to n and back since the schedule was made."""
     inputs = cases.make_inputs(Case(4, 1, 0, 16), lengths=actual, max_blocks=8)
-    check(inputs, implementation, metadata=metadata_for(planned, inputs, implementation))
+    options = {} if fixed is None else {"fixed_split_size": fixed, "max_seqlen": 320}
+    check(inputs, implementation, metadata=metadata_for(planned, inputs, implementation, **options))
 
 
 @pytest.mark.gpu

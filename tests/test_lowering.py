@@ -300,3 +300,26 @@ def test_workspace_is_all_the_kernel_needs(s_q, h_q, h200):
     lines = re.findall(r"^\| (?:h_q · s_q|MB) \|(.*)\|$", notes.read_text("utf-8"), re.MULTILINE)
     documented = dict(zip(*(map(str.strip, line.split("|")) for line in lines), strict=True))
     assert documented[str(rows)] == f"{scratch / 1e6:.1f}"
+
+
+@pytest.mark.parametrize("b", [1, 32])
+@pytest.mark.usefixtures("compiled_kernels")
+def test_workspace_of_fixed_splits(b, h200):
+    """As documented: 2 partial results for each split that the sequences may have."""
+    structs = (
+        struct((b, 1, 16, D_K), sharding=h200),
+        struct((1000, 64, 1, D_K), sharding=h200),
+        struct((b, 512), jnp.int32, sharding=h200),
+        struct((b,), jnp.int32, sharding=h200),
+    )
+
+    def step(*arrays):
+        metadata = fm.get_mla_metadata(
+            arrays[3], 16, 1, fixed_split_size=2048, max_seqlen=32768, implementation="cuda"
+        )
+        return decode(*arrays, metadata=metadata, implementation="cuda")
+
+    compiled = jax.jit(step).lower(*structs).compile()
+    assert set(re.findall(r"jax_flashmla_\w+", compiled.as_text())) == {DECODE}
+    scratch = 2 * b * 16 * 16 * (D_V + 1) * 4
+    assert 0 <= compiled.memory_analysis().temp_size_in_bytes - scratch <= 1000 * b + 2**15

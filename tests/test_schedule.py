@@ -30,6 +30,17 @@ LENGTHS = {
     "few, one a little shorter": [320, 256, 320],
     "many": list(range(3000)),
 }
+# Lengths, the size of a split and the bound of the lengths, all in tokens.
+FIXED = {
+    "ragged": ([0, 1, 63, 64, 65, 127, 128, 129, 400, 512, 385], 128, 512),
+    "beyond the bound": ([513, 100000, 3, 2**31 - 1, 512], 128, 512),
+    "negative": ([-1, 200, -(2**31)], 64, 256),
+    "one split": ([0, 70, 640, 641], 640, 600),
+    "no multiple": ([1000, 999, 961, 960, 0], 192, 1000),
+    "one sequence": ([5000], 64, 8192),
+    "huge splits": ([5000, 2**31 - 1], 2**31 - 64, 2**31 - 1),
+    "many": (list(range(3000)), 256, 4096),
+}
 # num_sms of a call with 128 rows and one KV head: two SMs a part
 NUM_SMS = [1, 2, 7, 132, 200]
 
@@ -78,11 +89,31 @@ def aligned_schedule(tiles, parts, num_parts):
     return bounds, [i * parts for i in range(len(tiles))], num_splits
 
 
-def make(lengths, num_sms, implementation):
+def slow_fixed_schedule(lengths, size, max_seqlen):
+    """The schedule of splits of a fixed size in Python integers, in tokens."""
+    parts, bounds, num_splits = -(-max_seqlen // size), [], [0]
+    for i, length in enumerate(lengths):
+        begins = range(0, max(length, 1), size)[:parts]
+        bounds += [(i, token // TILE) for token in begins] + [(i + 1, 0)] * (parts - len(begins))
+        num_splits.append(num_splits[-1] + len(begins))
+    return [*bounds, (len(lengths), 0)], [i * parts for i in range(len(lengths))], num_splits
+
+
+def make(lengths, num_sms, implementation, **options):
     metadata, num_splits = fm.get_mla_metadata(
-        jnp.asarray(lengths, jnp.int32), 128, 1, num_sms=num_sms, implementation=implementation
+        jnp.asarray(lengths, jnp.int32),
+        128,
+        1,
+        num_sms=num_sms,
+        implementation=implementation,
+        **options,
     )
     return metadata, np.asarray(num_splits)
+
+
+def make_fixed(lengths, size, max_seqlen, implementation="xla"):
+    options = {"fixed_split_size": size, "max_seqlen": max_seqlen}
+    return make(lengths, None, implementation, **options)
 
 
 @pytest.mark.parametrize("num_sms", NUM_SMS)
@@ -90,28 +121,77 @@ def make(lengths, num_sms, implementation):
 def test_integers(lengths, num_sms, implementation):
     metadata, num_splits = make(lengths, num_sms, implementation)
     assert metadata.num_parts == max(1, num_sms // 2)
-    bounds, first_part, splits = slow_schedule(lengths, metadata.num_parts)
-    for actual, expected in (
-        (metadata.part_bounds, bounds),
-        (metadata.first_part, first_part),
-        (num_splits, splits),
+    assert_integers(metadata, num_splits, slow_schedule(lengths, metadata.num_parts))
+
+
+def assert_integers(metadata, num_splits, expected):
+    actual = metadata.part_bounds, metadata.first_part, num_splits
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == np.int32
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
+def test_integers_of_fixed_splits(lengths, size, max_seqlen, implementation, monkeypatch):
+    """Nothing asks for the SM count."""
+    monkeypatch.setattr(schedule, "_local_num_sms", None)
+    metadata, num_splits = make_fixed(lengths, size, max_seqlen, implementation)
+    assert metadata.num_parts == len(lengths) * -(-max_seqlen // size)
+    assert metadata.fixed_split_size == size
+    assert_integers(metadata, num_splits, slow_fixed_schedule(lengths, size, max_seqlen))
+
+
+def test_fixed_splits_of_traced_lengths(implementation):
+    """One compiled function serves all lengths, under strict configurations too."""
+
+    @jax.jit
+    def make_traced(lengths):
+        return fm.get_mla_metadata(
+            lengths, 128, 1, fixed_split_size=128, max_seqlen=512, implementation=implementation
+        )
+
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
     ):
-        assert actual.dtype == np.int32
-        np.testing.assert_array_equal(actual, expected)
+        for lengths in ([0, 1, 128, 400], [129, 10000, -7, 64]):
+            expected = slow_fixed_schedule(lengths, 128, 512)
+            assert_integers(*make_traced(jnp.asarray(lengths, jnp.int32)), expected)
 
 
 @pytest.mark.parametrize("num_sms", NUM_SMS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_each_tile_has_one_owner(lengths, num_sms):
     """Parts walk from bound to bound; what they meet is each request's tiles, in its splits."""
-    metadata, num_splits = make(lengths, num_sms, "xla")
-    bounds = [tuple(map(int, bound)) for bound in metadata.part_bounds]
-    first_part = np.asarray(metadata.first_part).tolist()
     b = len(lengths)
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
+    pieces = assert_one_owner(*make(lengths, num_sms, "xla"), tiles)
+    for p in range(max(1, num_sms // 2)):  # the workspace has two slots for each part
+        shared = [i for i in range(b) if len(pieces[i]) > 1 and p in [x[0] for x in pieces[i]]]
+        assert len(shared) <= 2
+
+
+@pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
+def test_each_tile_has_one_owner_in_fixed_splits(lengths, size, max_seqlen):
+    """And a part has tiles of one request alone."""
+    tiles = [-(-max(n, 0) // TILE) for n in lengths]
+    pieces = assert_one_owner(*make_fixed(lengths, size, max_seqlen), tiles)
+    parts = [part for request in pieces for part, _, _ in request]
+    assert len(set(parts)) == len(parts)
+    for count, request in zip(tiles, pieces, strict=True):
+        ends = [end for _, _, end in request]
+        assert ends == [(s + 1) * size // TILE for s in range(len(ends) - 1)] + [count]
+
+
+def assert_one_owner(metadata, num_splits, tiles):
+    """Walks from bound to bound; returns each request's pieces: (part, first tile, end tile)."""
+    bounds = [tuple(map(int, bound)) for bound in metadata.part_bounds]
+    first_part = np.asarray(metadata.first_part).tolist()
+    b = len(tiles)
     assert bounds[0] == (0, 0)
     assert bounds[-1] == (b, 0)
-    pieces = [[] for _ in lengths]  # of each request: (part, first tile, end tile)
+    pieces = [[] for _ in tiles]
     for p in range(metadata.num_parts):
         (i, tile), (last, last_tile) = bounds[p : p + 2]
         assert (i, tile) <= (last, last_tile)
@@ -127,9 +207,7 @@ def test_each_tile_has_one_owner(lengths, num_sms):
         assert edges[0] == 0
         assert edges[-1] == tiles[i]
         assert tiles[i] == 0 or all(x < y for x, y in itertools.pairwise(edges))
-    for p in range(metadata.num_parts):  # the workspace has two slots for each part
-        shared = [i for i in range(b) if len(pieces[i]) > 1 and p in [x[0] for x in pieces[i]]]
-        assert len(shared) <= 2
+    return pieces
 
 
 def test_parts_share_the_work():
@@ -196,6 +274,18 @@ def test_metadata_is_a_pytree():
     assert structure != other
 
 
+def test_fixed_splits_are_part_of_the_pytree():
+    metadata, _ = make_fixed([10, 200], 64, 256)
+    leaves, structure = jax.tree.flatten(metadata)
+    assert len(leaves) == 2
+    again = jax.tree.unflatten(structure, leaves)
+    assert (again.num_parts, again.fixed_split_size) == (8, 64)
+    default, _ = make([10, 200], 16, "xla")
+    assert (default.num_parts, default.fixed_split_size) == (8, None)
+    assert structure != jax.tree.structure(default)
+    assert jax.jit(lambda m: m)(metadata).fixed_split_size == 64
+
+
 def test_in_a_loop_and_under_vmap(implementation):
     def total(lengths):
         def body(i, sum_):
@@ -232,3 +322,36 @@ def test_in_a_loop_and_under_vmap(implementation):
 def test_misuse(arguments, options, error, message):
     with pytest.raises(error, match=message):
         fm.get_mla_metadata(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fixed_split_size": 100}, ValueError, "fixed_split_size must be a multiple .*got 100"),
+        ({"fixed_split_size": 0}, ValueError, "fixed_split_size must be .*got 0"),
+        ({"fixed_split_size": -64}, ValueError, "fixed_split_size must be .*got -64"),
+        ({"fixed_split_size": 64.0}, TypeError, "fixed_split_size must be a static .*got 64.0"),
+        ({"fixed_split_size": 2**31}, ValueError, "fixed_split_size must fit .*got 2147483648"),
+        ({"max_seqlen": 0}, ValueError, "max_seqlen must be .*got 0"),
+        ({"max_seqlen": jnp.int32(9)}, TypeError, "max_seqlen must be a static Python int"),
+        ({"max_seqlen": 2**31}, ValueError, "max_seqlen must fit .*got 2147483648"),
+        ({"max_seqlen": None}, ValueError, "both or neither, got None for max_seqlen"),
+        ({"fixed_split_size": None}, ValueError, "both or neither, got None for fixed_split_size"),
+        ({"num_sms": 132}, ValueError, "num_sms changes nothing .*got 132"),
+    ],
+)
+def test_misuse_of_fixed_splits(options, error, message):
+    options = {"fixed_split_size": 64, "max_seqlen": 512} | options
+    with pytest.raises(error, match=message):
+        fm.get_mla_metadata(jnp.ones(2, jnp.int32), 1, 1, **options)
+
+
+def test_traced_split_sizes():
+    def make_traced(size, longest):
+        lengths = jnp.ones(2, jnp.int32)
+        return fm.get_mla_metadata(lengths, 1, 1, fixed_split_size=size, max_seqlen=longest)
+
+    with pytest.raises(TypeError, match=r"fixed_split_size must be a static .*traced"):
+        jax.jit(lambda size: make_traced(size, 512))(64)
+    with pytest.raises(TypeError, match=r"max_seqlen must be a static .*traced"):
+        jax.jit(lambda longest: make_traced(64, longest))(512)

@@ -114,6 +114,24 @@ def test_kv_heads_are_split_with_their_query_heads():
     cases.assert_decode_close(jax.jit(f)(*inputs.device_arrays()), expected)
 
 
+@BOTH_TYPES
+def test_fixed_splits_on_each_device(types):
+    """A device's schedule has the splits that the whole batch's has for the same sequences."""
+    mesh, inputs = cpu_mesh((4,), ("x",), types), make_inputs(s_q=1)
+    split = split_pages(inputs, 4, 1)
+
+    def step(q, k_cache, table, lengths):
+        metadata = fm.get_mla_metadata(lengths, 8, 1, fixed_split_size=64, max_seqlen=512)
+        return decode(q, k_cache, table, lengths, metadata=metadata), metadata[1][None]
+
+    f = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
+    arrays = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in split.device_arrays()]
+    actual, num_splits = f(*arrays)
+    cases.assert_decode_close(actual, cases.expected_decode(inputs))
+    splits = np.maximum(-(-np.array(LENGTHS) // 64), 1)
+    np.testing.assert_array_equal(np.diff(num_splits).reshape(-1), splits)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_merge_across_is_merge(dtype):
     """Bit for bit, in 16 and 32 bits, along two axes in the order of their names."""

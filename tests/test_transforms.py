@@ -280,6 +280,30 @@ def test_vmap_is_one_call_of_each_kernel(offset):
     assert re.match(schedule + (r", %\w+\)" if offset else r"\)"), calls[DECODE][0])
 
 
+def test_vmap_keeps_the_size_of_splits():
+    """The one schedule that it makes has as many parts for each sequence as the call's own."""
+    q, k_cache, table, lengths = decode_structs(b=4)
+
+    def call(q, table, lengths):
+        metadata = fm.get_mla_metadata(lengths, 16, 1, fixed_split_size=128, max_seqlen=640)
+        return decode(q, k_cache_of_zeros, table, lengths, metadata=metadata)
+
+    k_cache_of_zeros = jnp.zeros(k_cache.shape, k_cache.dtype)
+    for leading in ((3,), (2, 3)):
+        run = functools.reduce(lambda f, _: jax.vmap(f), leading, call)
+        structs = [struct((*leading, *x.shape), x.dtype) for x in (q, table, lengths)]
+        eqns = jax.make_jaxpr(run)(*structs).eqns
+        (op,) = [e for e in eqns if e.primitive.name == "flash_mla_with_kvcache"]
+        (schedule,) = [e for e in eqns if e.outvars[0] is op.invars[4]]
+        assert schedule.primitive.name == "get_mla_metadata"
+        assert op.invars[4:7] == schedule.outvars
+        assert schedule.invars == op.invars[3:4]  # the folded lengths
+        b = 4 * int(np.prod(leading))
+        assert schedule.params["num_parts"] == 5 * b
+        assert schedule.outvars[0].aval.shape == (5 * b + 1, 2)
+        assert [e.params["fixed_split_size"] for e in (schedule, op)] == [128, 128]
+
+
 def structs_on(sharding, *shapes):
     """Structs on a device: of floats, and of integers where the rank is at most 2."""
     return [
@@ -687,10 +711,11 @@ def test_export_with_a_causal_offset(platforms):
         cases.assert_decode_close(actual, expected)
 
 
-def test_export_with_a_schedule_as_argument():
+@pytest.mark.parametrize("options", [{}, {"fixed_split_size": 64, "max_seqlen": 256}], ids=str)
+def test_export_with_a_schedule_as_argument(options):
     inputs = cases.make_inputs(Case(3, 1, 100, 16, varlen=True))
     arrays = inputs.device_arrays()
-    metadata = fm.get_mla_metadata(arrays[3], 16, 1)
+    metadata = fm.get_mla_metadata(arrays[3], 16, 1, **options)
 
     def step(arrays, metadata):
         return decode(*arrays, metadata=metadata), metadata
@@ -701,6 +726,31 @@ def test_export_with_a_schedule_as_argument():
     cases.assert_decode_close(results, cases.expected_decode(inputs))
     assert jax.tree.structure(again) == jax.tree.structure(metadata)
     assert_bit_equal(again, metadata)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("platforms", PLATFORMS)
+def test_export_of_a_symbolic_batch_in_fixed_splits(platforms):
+    """The number of parts is symbolic too."""
+
+    def step(*arrays):
+        metadata = fm.get_mla_metadata(arrays[3], 16, 1, fixed_split_size=64, max_seqlen=300)
+        return decode(*arrays, metadata=metadata)
+
+    b, width = export.symbolic_shape("b, w")
+    structs = decode_structs(b=b)
+    structs = *structs[:2], struct((b, width), jnp.int32), structs[3]
+    program = export.export(
+        jax.jit(step), platforms=platforms, disabled_checks=fm.EXPORT_DISABLED_CHECKS
+    )(*structs)
+    assert set(custom_calls(program.mlir_module())) == {DECODE}  # XLA makes this schedule
+    loaded = export.deserialize(program.serialize())
+    for count in (1, 5):
+        inputs = cases.make_inputs(Case(count, 1, 200, 16, varlen=True), max_blocks=10 + count)
+        unused = np.full_like(inputs.k_cache, np.nan, shape=(100, *inputs.k_cache.shape[1:]))
+        k_cache = np.concatenate([inputs.k_cache, unused])[:100]
+        actual = loaded.call(*inputs.replace(k_cache=k_cache).device_arrays())
+        cases.assert_decode_close(actual, cases.expected_decode(inputs))
 
 
 def decode_operands(compiled):
