@@ -3,9 +3,10 @@
     python benchmarks/decode.py                 all cases, some minutes
     python benchmarks/decode.py --quick         a dozen cases, under a minute
     python benchmarks/decode.py --profile       kernel by kernel, and whether calls overlap
-    python benchmarks/decode.py --all           all cases, and what the next three options time
+    python benchmarks/decode.py --all           all cases, and what the next four options time
     python benchmarks/decode.py --layers        a jitted step of 61 layers
     python benchmarks/decode.py --variants      fp16, other page sizes
+    python benchmarks/decode.py --fixed         splits of a fixed size
     python benchmarks/decode.py --growth        batch 1 to 4096, length 64 to 1M
     python benchmarks/decode.py --smoke         tiny shapes on the CPU: does the script run
 
@@ -33,6 +34,7 @@ def parse_arguments(argv):
     parser.add_argument("--all", action="store_true", help="the cases and all of the sections")
     parser.add_argument("--layers", action="store_true", help="a step of 61 layers, alone")
     parser.add_argument("--variants", action="store_true", help="fp16 and page sizes, alone")
+    parser.add_argument("--fixed", action="store_true", help="splits of a fixed size, alone")
     parser.add_argument("--growth", action="store_true", help="series of batch and length, alone")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, no GPU, no peer")
     parser.add_argument("--flashmla", help="path of _flashmla_C.abi3.so (or $FLASHMLA_SO)")
@@ -52,9 +54,11 @@ def parse_arguments(argv):
         options.implementation = options.implementation or "xla"
         options.no_peer, options.sustain, options.rest = True, 0.01, 0.0
         os.environ["JAX_PLATFORMS"] = "cpu"
-    options.table = options.all or not (options.layers or options.variants or options.growth)
+    alone = (options.layers, options.variants, options.fixed, options.growth)
+    options.table = options.all or not any(alone)
     options.layers |= options.all
     options.variants |= options.all
+    options.fixed |= options.all
     options.growth |= options.all
     brief = options.quick or options.smoke
     options.implementation = options.implementation or "cuda"

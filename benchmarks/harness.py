@@ -69,6 +69,7 @@ class Bench:
     kinds = ("given", "made")  # of ours: with metadata given, or made by each call
     sets_checked = None  # all
     sample = None  # of sequences that are checked: all
+    fixed_split_size = None  # of the metadata that is given: the default schedule
 
     def __init__(self, options, cases, machine):
         self.options, self.cases, self.machine = options, cases, machine
@@ -101,7 +102,10 @@ class Bench:
         implementation = self.options.implementation
         for case in self.cases:
             key = case.shape_key
-            shapes = Shapes(case, self.pool.shape[0], self.calls(case), self.loops(case))
+            shapes = Shapes(
+                case, self.pool.shape[0], self.calls(case), self.loops(case),
+                fixed_split_size=self.fixed_split_size,
+            )  # fmt: skip
             submit = self.compiler.submit
             submit((key, "draw"), shapes.draw)
             submit((key, "metadata"), shapes.metadata, implementation)

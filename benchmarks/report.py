@@ -256,6 +256,27 @@ def variants_section(results):
     )
 
 
+def fixed_section(results):
+    rows, note = rows_and_note(results, "fixed")
+    cells = [
+        [
+            long_name(row), str(row["fixed_split_size"]), number(row["us"], 1),
+            number(row["twin_us"], 1), f"{row['to_twin'] - 1:+.1%}",
+            number(workloads.scratch_bytes(row) / 1e6, 1), f"{row['rel_err']:.1e}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return section(
+        "Splits of a fixed size",
+        "With `fixed_split_size`, which makes a sequence's result the same in every batch, beside "
+        "the default\nschedule, which takes turns with it; `max_seqlen` is what the block table "
+        "has room for.",
+        ["case", "tokens a split", "us", "default us", "more", "scratch MB", "rel. error"],
+        cells,
+        note,
+    )
+
+
 def growth_section(results, plot):
     rows, note = rows_and_note(results, "growth")
     cells = [
@@ -300,6 +321,7 @@ def page_text(results, file, plot, growth_plot):
         sustained_section(rows),
         layers_section(results),
         variants_section(results),
+        fixed_section(results),
         growth_section(results, growth_plot),
         baseline_section(rows),
     ]

@@ -7,7 +7,7 @@ import subprocess
 import workloads
 
 HERE = pathlib.Path(__file__).resolve().parent
-SECTIONS = ("layers", "variants", "growth")
+SECTIONS = ("layers", "variants", "fixed", "growth")
 
 
 def commit_of(options):

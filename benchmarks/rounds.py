@@ -48,8 +48,11 @@ def make_pool(cases, calls):
     return draw(jax.random.key(0))
 
 
-def _metadata(case, implementation, lengths):
-    return get_mla_metadata(lengths, case.s_q * case.h_q, 1, implementation=implementation)
+def _metadata(case, implementation, fixed_split_size, lengths):
+    fixed = {}
+    if fixed_split_size is not None:
+        fixed = {"fixed_split_size": fixed_split_size, "max_seqlen": case.table_tokens}
+    return get_mla_metadata(lengths, case.s_q * case.h_q, 1, implementation=implementation, **fixed)
 
 
 def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementation):
@@ -88,10 +91,11 @@ def _rounds(outs, lses, pool, qs, tables, lengths, metadata, *, loops, **options
 
 
 class Shapes:
-    """The compiled functions of one shape key."""
+    """The compiled functions of one shape key, whose metadata may have splits of a fixed size."""
 
-    def __init__(self, case, pool_pages, calls, loops=1, sharding=None):
+    def __init__(self, case, pool_pages, calls, loops=1, sharding=None, fixed_split_size=None):
         self.case, self.calls, self.loops = case.shape_key, calls, loops
+        self.fixed_split_size = fixed_split_size
         b, s, h, page = case.batch, case.s_q, case.h_q, case.page_block_size
         dtype, i32 = DTYPES[case.dtype], jnp.int32
         struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
@@ -114,9 +118,12 @@ class Shapes:
 
         return jax.jit(draw).lower(jax.random.key(0)).compile()
 
+    def make_metadata(self, implementation):
+        """The function of the lengths."""
+        return functools.partial(_metadata, self.case, implementation, self.fixed_split_size)
+
     def metadata(self, implementation):
-        make = functools.partial(_metadata, self.case, implementation)
-        return jax.jit(make).lower(self.lengths).compile()
+        return jax.jit(self.make_metadata(implementation)).lower(self.lengths).compile()
 
     def round(self, implementation, made_in_call, calls=None):
         """The rounds, compiled."""
@@ -126,7 +133,7 @@ class Shapes:
         """The rounds with their metadata given, or made by each call."""
         loops = self.loops if calls is None else 1
         calls = calls or self.calls
-        make = functools.partial(_metadata, self.case, implementation)
+        make = self.make_metadata(implementation)
         metadata = () if made_in_call else jax.eval_shape(make, self.lengths)
         function = functools.partial(
             _rounds, loops=loops, case=self.case, implementation=implementation

@@ -131,6 +131,10 @@ class VariantBench(Bench):
     def has_baseline(self, case):
         return False
 
+    def columns(self, case):
+        """What of a row says how it differs from its twin, beyond the case."""
+        return {}
+
 
 def run_variants(options, machine, results, started):
     """Every variant beside its twin in bf16 with pages of 64, which takes turns with it."""
@@ -141,21 +145,50 @@ def run_variants(options, machine, results, started):
         cases = [dataclasses.replace(c, dtype=dtype, page_block_size=page) for c in twins]
         benches[dtype, page] = VariantBench(options, cases, machine)
         benches[dtype, page].compile()
-    for number in range(len(twins)):
-        name = f"variants {twins[number].name}"
+    run_beside_twins("variants", benches, options, results, started)
+
+
+class FixedBench(VariantBench):
+    """Splits of one fixed size, or of none."""
+
+    def __init__(self, options, cases, machine, fixed_split_size):
+        self.fixed_split_size = fixed_split_size
+        super().__init__(options, cases, machine)
+
+    def columns(self, case):
+        size = self.fixed_split_size
+        return {"fixed_split_size": size, "num_parts": case.fixed_parts(size)}
+
+
+def run_fixed(options, machine, results, started):
+    """Splits of a fixed size beside the default schedule, which takes turns with them."""
+    cases = smaller(workloads.FIXED_CASES, options)
+    sizes = workloads.FIXED_SPLIT_SIZES[:1] if options.smoke else workloads.FIXED_SPLIT_SIZES
+    benches = {size: FixedBench(options, cases, machine, size) for size in (None, *sizes)}
+    for bench in benches.values():
+        bench.compile()
+    run_beside_twins("fixed", benches, options, results, started)
+
+
+def run_beside_twins(section, benches, options, results, started):
+    """Every case of the first bench, and what the others make of it."""
+    twins = next(iter(benches.values())).cases
+    for number, twin in enumerate(twins):
+        name = f"{section} {twin.name}"
         if out_of_time(options, results, name, started):
             break
-        for row in guarded(results, name, measure_variants, benches, number, options) or []:
-            results.add_to("variants", row)
+        for row in guarded(results, name, measure_beside_twin, benches, number, options) or []:
+            results.add_to(section, row)
             print(
-                f"{twins[number].name:18s} {row['dtype']} page {row['page_block_size']:3d} "
-                f"{row['us']:8.2f} us, twin {row['twin_us']:8.2f}, {row['to_twin']:.3f}", flush=True
+                f"{twin.name:18s} {row['dtype']} page {row['page_block_size']:3d} splits "
+                f"{row.get('fixed_split_size', '')!s:4s} {row['us']:8.2f} us, twin "
+                f"{row['twin_us']:8.2f}, {row['to_twin']:.3f}", flush=True
             )  # fmt: skip
     for bench in benches.values():
         bench.compiler.close()
 
 
-def measure_variants(benches, number, options):
+def measure_beside_twin(benches, number, options):
     """A row for each bench but the first, which is the twin."""
     cases = {key: bench.cases[number] for key, bench in benches.items()}
     inputs = {key: bench.inputs(cases[key]) for key, bench in benches.items()}
@@ -169,7 +202,7 @@ def measure_variants(benches, number, options):
         found = benches[key].check(cases[key], inputs[key], [ours[key]])
         us, twin_us, floor = times[key].us, times[twin].us, cases[key].floor_us()
         rows.append(
-            cases[key].row() | {
+            cases[key].row() | benches[key].columns(cases[key]) | {
                 "us": round(us, 2), "twin_us": round(twin_us, 2),
                 "to_twin": round(us / twin_us, 4), "floor_us": round(floor, 2),
                 "of_floor": round(floor / us, 4), "rel_err": float(f"{found[0, 0]:.3g}"),

@@ -89,6 +89,15 @@ class Case:
             longest = max(longest, *dataclasses.replace(self, varlen=True).lengths())
         return math.ceil(longest / self.page_block_size)
 
+    @property
+    def table_tokens(self):
+        """The tokens that a row of the block table has room for."""
+        return self.table_width * self.page_block_size
+
+    def fixed_parts(self, fixed_split_size):
+        """The parts of a schedule with splits of a fixed size, for all that the table holds."""
+        return self.batch * math.ceil(self.table_tokens / fixed_split_size)
+
     @functools.cached_property
     def calls(self):
         """How many calls, each on an input set of its own, make one timed round."""
@@ -185,6 +194,14 @@ TWINS = [
 ]
 VARIANTS = [("fp16", 64), ("bf16", 16), ("bf16", 32), ("bf16", 128), ("bf16", 256)]
 
+# What is timed with splits of a fixed size, beside the default schedule.
+FIXED_CASES = [
+    Case(h, 1, batch, length)
+    for h in (16, 128)
+    for batch, length in ((1, 32768), (8, 8192), (32, 4096), (128, 4096), (128, 1024))
+]
+FIXED_SPLIT_SIZES = (256, 1024, 4096)  # tokens
+
 GROWTH_HEADS = (16, 128)
 GROWTH_LENGTH, GROWTH_BATCHES = 4096, tuple(2**i for i in range(13))
 GROWTH_LENGTHS = tuple(4**i for i in range(3, 11))  # 64 to 1M
@@ -207,6 +224,11 @@ def growth_cases():
         return case.batch > 1024, case.batch * case.mean_len, case.batch, case.h_q
 
     return sorted(set(cases), key=order)
+
+
+def scratch_bytes(row):
+    """The partial results of a call whose schedule has row["num_parts"] parts."""
+    return 2 * row["num_parts"] * row["s_q"] * row["h_q"] * (HEAD_DIM_V + 1) * 4
 
 
 def is_sustained(case):

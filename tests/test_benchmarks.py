@@ -456,7 +456,7 @@ def test_the_benchmark_runs_and_is_reported(tmp_path):
     decode = [sys.executable, BENCHMARKS / "decode.py", "--smoke", "--all", "--out", results]
     subprocess.run(decode, check=True, capture_output=True, timeout=300)
     data = json.loads(results.read_text())
-    sections = {"layers", "variants", "growth"}
+    sections = {"layers", "variants", "fixed", "growth"}
     assert {"device", "commit", "ceilings", "rows"} | sections == data.keys()
     for row in data["rows"]:
         assert row.keys() >= COLUMNS | {"sustained_us", "sustained_mhz", "sustained_watts"}
@@ -465,6 +465,8 @@ def test_the_benchmark_runs_and_is_reported(tmp_path):
     assert [row["form"] for row in data["layers"]["rows"]] == forms
     variants = [(row["dtype"], row["page_block_size"]) for row in data["variants"]["rows"]]
     assert variants == [("fp16", 64), ("bf16", 16)]
+    (fixed,) = data["fixed"]["rows"]
+    assert (fixed["fixed_split_size"], fixed["num_parts"]) == (256, 2)
     for name in sections:
         assert all(row["rel_err"] < 5e-3 for row in data[name]["rows"])
     command = [sys.executable, BENCHMARKS / "report.py", "--results", results, "--docs", docs]
@@ -475,12 +477,38 @@ def test_the_benchmark_runs_and_is_reported(tmp_path):
         "Under lasting load",
         "A step of 2 layers",
         "fp16 and page sizes",
+        "Splits of a fixed size",
         "How it grows",
     ):
         assert f"\n## {title}\n" in text
     for plot in ("performance.svg", "growth.svg"):
         assert plot in text
         assert (docs / plot).stat().st_size > 1000
+
+
+def test_fixed_splits_are_reported_where_they_were_measured(workloads, report):
+    results = passing_results(workloads)
+    assert "fixed size" not in report.page_text(results, "file", "plot", "growth")
+    row = workloads.Case(16, 1, 128, 4096).row() | {
+        "us": 150.0, "twin_us": 125.0, "to_twin": 1.2, "rel_err": 2e-3, "fixed_split_size": 1024,
+        "num_parts": 1280,
+    }  # fmt: skip
+    results["fixed"] = {"commit": "1", "rows": [row]}
+    text = report.page_text(results, "file", "plot", "growth")
+    scratch = 2 * 1280 * 16 * 513 * 4
+    line = f"| 128 x 4096, h_q 16, s_q 1 | 1024 | 150.0 | 125.0 | +20.0% | {scratch / 1e6:.1f} |"
+    assert line in text
+    assert "Measured at commit `1`" in text
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_the_scratch_of_fixed_splits_is_what_a_call_needs(workloads, bench, h200):
+    """That of a whole round, whose calls share it."""
+    case, size = workloads.Case(16, 1, 8, 8192), 1024
+    shapes = bench("rounds").Shapes(case, 5000, 3, sharding=h200, fixed_split_size=size)
+    compiled = shapes.lower_round("cuda", False).compile()
+    scratch = workloads.scratch_bytes(case.row() | {"num_parts": case.fixed_parts(size)})
+    assert 0 <= compiled.memory_analysis().temp_size_in_bytes - scratch <= 2**15
 
 
 def test_the_benchmark_of_two_devices_runs(tmp_path):
