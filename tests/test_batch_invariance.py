@@ -140,6 +140,18 @@ def test_in_a_table_of_another_width(solo):
 
 
 @pytest.mark.gpu
+def test_in_other_pages(solo):
+    """The same tokens in another pool, which has more pages than there were."""
+    numbers = np.arange(solo.count)
+    q, k_cache, table, lengths = (np.asarray(x) for x in solo.arrays(numbers))
+    moved = np.random.default_rng(2).permutation(len(k_cache) + 100)[: len(k_cache)]
+    pool = np.full_like(k_cache, np.nan, shape=(len(k_cache) + 100, *k_cache.shape[1:]))
+    pool[moved] = k_cache
+    table = np.where(table == UNUSED_ENTRY, table, moved[table % len(moved)]).astype(np.int32)
+    solo.assert_same(solo.decode(*map(jnp.asarray, (q, pool, table, lengths))), numbers)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_sms", [1, 78, 1000])
 def test_on_any_number_of_sms(num_sms, solo, monkeypatch):
     monkeypatch.setattr(schedule, "_local_num_sms", lambda: num_sms)
