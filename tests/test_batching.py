@@ -1,0 +1,685 @@
+"""The page allocator and the continuous batching of examples/deepseek.
+
+Most tests run a toy model with integers in its cache: an entry is its token and a hash of all
+tokens up to it, made from the entry before, and the next token is a hash of all entries. So a wrong
+page, a wrong length, a lost or doubled token, a page shared with a different past: each changes the
+tokens.
+"""
+
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import stateful
+from hypothesis import strategies as st
+
+import jax_flashmla as mla
+from examples.deepseek.batching import ContinuousBatcher, make_step
+from examples.deepseek.block_manager import BlockManager, OutOfPages
+
+settings = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)
+
+# -------------------- The block manager
+
+PAGE = 4
+
+
+def test_pages_are_shared_by_reference():
+    manager = BlockManager(8, PAGE)
+    prompt = list(range(11))
+    assert manager.allocate("a", prompt) == 0
+    assert manager.allocate("early", prompt) == 0  # nothing is published yet
+    manager.free("early")
+    manager.publish("a", prompt, 11)
+    assert manager.allocate("b", [*prompt[:8], 99]) == 8
+    assert manager.allocate("c", [7, *prompt[1:]]) == 0  # equal pages behind another first one
+    a, b, c = map(manager.pages, "abc")
+    assert a[:2] == b[:2]
+    assert len({*a, *b, *c}) == 7
+    assert manager.num_free == 1
+    manager.free("a")
+    assert manager.num_free == 2  # b still has the other two
+    manager.check()
+
+
+def test_the_last_token_is_always_computed():
+    manager = BlockManager(8, PAGE)
+    prompt = list(range(8))
+    manager.allocate("a", prompt)
+    manager.publish("a", prompt, 8)
+    assert manager.allocate("b", prompt) == 4
+
+
+def test_only_written_pages_are_published():
+    manager = BlockManager(8, PAGE)
+    prompt = list(range(12))
+    manager.allocate("a", prompt)
+    manager.publish("a", prompt, 7)
+    assert manager.allocate("b", prompt) == 4
+
+
+def test_a_freed_page_is_found_until_it_is_handed_out():
+    manager = BlockManager(5, PAGE)
+    prompt = list(range(13))
+    manager.allocate("a", prompt)
+    manager.publish("a", prompt, 13)
+    pages = manager.pages("a")
+    manager.free("a")
+    manager.allocate("b", [50, 51, 52, 53, 54])  # gets the two pages without content
+    assert not set(manager.pages("b")) & set(pages[:3])
+    assert manager.allocate("c", prompt[:9]) == 8
+    assert manager.pages("c") == pages[:3]  # the third one is handed out: its content is gone
+    manager.free("b")
+    manager.free("c")
+    assert manager.allocate("d", prompt) == 8
+    assert manager.pages("d")[:2] == pages[:2]
+    manager.check()
+
+
+def test_a_refused_call_changes_nothing():
+    manager = BlockManager(4, PAGE)
+    manager.allocate("a", [1] * 9)
+    for call in (
+        lambda: manager.allocate("b", [2] * 5),
+        lambda: manager.allocate("b", [2] * 4, reserve=1),
+        lambda: manager.grow("a", 17),
+    ):
+        with pytest.raises(OutOfPages, match="1 are free"):
+            call()
+        manager.check()
+        assert (manager.num_free, len(manager.pages("a"))) == (1, 3)
+    assert manager.grow("a", 12) == []
+    assert len(manager.grow("a", 13)) == 1
+
+
+def test_errors_of_the_block_manager():
+    with pytest.raises(ValueError, match="num_blocks must be at least 1, got 0"):
+        BlockManager(0, PAGE)
+    with pytest.raises(ValueError, match="page_block_size must be at least 1, got -1"):
+        BlockManager(1, -1)
+    manager = BlockManager(4, PAGE)
+    manager.allocate("a", [1, 2])
+    with pytest.raises(ValueError, match="'a' holds pages already"):
+        manager.allocate("a", [1])
+    with pytest.raises(ValueError, match="must not be empty"):
+        manager.allocate("b", [])
+    with pytest.raises(ValueError, match=r"at most the 9 tokens given and the 4 .*got 5"):
+        manager.publish("a", [1] * 9, 5)
+    for call in (manager.free, manager.pages, lambda name: manager.grow(name, 1)):
+        with pytest.raises(ValueError, match="'b' holds no pages"):
+            call("b")
+
+
+@pytest.mark.parametrize("wrong", ["_references", "_free", "_digest_of", "_page_of"])
+def test_check_notices(wrong):
+    manager = BlockManager(4, PAGE)
+    manager.allocate("a", [1] * 6)
+    manager.publish("a", [1] * 6, 6)
+    manager.check()
+    books, page = getattr(manager, wrong), manager.pages("a")[0]
+    if wrong == "_references":
+        books[page] += 1
+    elif wrong == "_free":
+        books[page] = None
+    else:
+        books.popitem()
+    with pytest.raises(RuntimeError):
+        manager.check()
+
+
+class Books(stateful.RuleBasedStateMachine):
+    """Any sequence of calls, beside a pool that holds for each token the tokens up to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.manager = BlockManager(10, 2)
+        self.pool = {}  # (page, offset) -> all tokens up to that one
+        self.tokens = {}
+
+    def write(self, name, begin):
+        tokens, pages = self.tokens[name], self.manager.pages(name)
+        for i in range(begin, len(tokens)):
+            self.pool[pages[i // 2], i % 2] = tuple(tokens[: i + 1])
+
+    @stateful.rule(
+        name=st.integers(0, 4),
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        reserve=st.integers(0, 2),
+    )
+    def allocate(self, name, tokens, reserve):
+        if name in self.tokens:
+            return
+        free = self.manager.num_free
+        try:
+            reused = self.manager.allocate(name, tokens, reserve)
+        except OutOfPages:
+            assert self.manager.num_free == free
+            assert free < -(-len(tokens) // 2) + reserve
+            return
+        assert self.manager.num_free >= reserve
+        assert reused < len(tokens)
+        self.tokens[name] = list(tokens)
+        self.write(name, reused)
+
+    @stateful.rule(name=st.integers(0, 4), token=st.integers(0, 1))
+    def grow(self, name, token):
+        if name not in self.tokens:
+            return
+        tokens, before = self.tokens[name], self.manager.pages(name)
+        try:
+            new = self.manager.grow(name, len(tokens) + 1)
+        except OutOfPages:
+            assert self.manager.num_free == 0
+            return
+        assert self.manager.pages(name) == before + new
+        tokens.append(token)
+        self.write(name, len(tokens) - 1)
+
+    @stateful.rule(name=st.integers(0, 4))
+    def publish(self, name):
+        if name in self.tokens:
+            self.manager.publish(name, self.tokens[name], len(self.tokens[name]))
+
+    @stateful.rule(name=st.integers(0, 4))
+    def free(self, name):
+        if self.tokens.pop(name, None) is not None:
+            self.manager.free(name)
+
+    @stateful.invariant()
+    def every_sequence_finds_its_tokens(self):
+        self.manager.check()
+        for name, tokens in self.tokens.items():
+            pages = self.manager.pages(name)
+            assert len(pages) == -(-len(tokens) // 2)
+            for i in range(len(tokens)):
+                assert self.pool[pages[i // 2], i % 2] == tuple(tokens[: i + 1])
+
+    def teardown(self):
+        for name in self.tokens:
+            self.manager.free(name)
+        self.manager.check()
+        assert self.manager.num_free == 10
+
+
+Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestBooks = Books.TestCase
+
+
+# -------------------- The toy model
+
+VOCAB, MODULUS = 13, 4093  # products of two numbers below MODULUS are exact in float32
+EOS = 5
+POOL, WIDTH = 32, 12  # pages of the cache, pages a sequence
+
+
+def mix(state, token):
+    """A hash of a hash and a token; integers in, integer out. For numpy and jax."""
+    return (state * 61 + token * 17 + 7) % MODULUS
+
+
+def solo(prompt, max_tokens, eos=()):
+    """What the toy generates for one prompt, in plain Python."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        total = state = 0
+        for token in tokens:
+            state = mix(state, token)
+            total = mix(total, token + state)
+        tokens.append(total % VOCAB)
+        if tokens[-1] in eos:
+            break
+    return tokens[len(prompt) :]
+
+
+def toy_forward(params, config, cache, tokens, block_table, cache_seqlens, num_new):
+    """The toy: cache f32 [pages, page, 1, 2], NaN where nothing was written."""
+    page, s_q = cache.shape[1], tokens.shape[1]
+    capacity = block_table.shape[1] * page
+
+    def read(cache, positions):  # i32 [b, n] -> i32 [b, n, 2]; an entry never written is -1
+        slots = mla.get_slot_mapping(block_table, positions, page)
+        entries = cache.reshape(-1, 2).at[slots].get(mode="fill", fill_value=np.nan)
+        return jnp.where(jnp.isnan(entries), -1, entries).astype(jnp.int32)
+
+    new = jnp.arange(s_q) >= s_q - num_new[:, None]
+    positions = jnp.where(new, cache_seqlens[:, None] - s_q + jnp.arange(s_q), -1)
+    begin = cache_seqlens - num_new
+    state = jnp.where(begin > 0, read(cache, begin[:, None] - 1)[:, 0, 1], 0)
+
+    def token_by_token(state, column):
+        token, is_new = column
+        state = jnp.where(is_new, mix(state, token), state)
+        return state, state
+
+    _, states = jax.lax.scan(token_by_token, state, (tokens.T, new.T))
+    entries = jnp.stack([tokens, states.T], axis=-1).astype(cache.dtype).reshape(-1, 2)
+    slots = mla.get_slot_mapping(block_table, positions, page).reshape(-1)
+    cache = mla.append_kv_cache(cache, entries, slots, implementation="xla")
+
+    columns = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (len(tokens), capacity))
+    everything = read(cache, columns).swapaxes(0, 1)
+
+    def fold(total, item):
+        position, entry = item
+        return jnp.where(position < cache_seqlens, mix(total, entry.sum(axis=-1)), total), None
+
+    total, _ = jax.lax.scan(fold, jnp.zeros_like(cache_seqlens), (columns[0], everything))
+    return jax.nn.one_hot(total % VOCAB, VOCAB) * params, cache
+
+
+def sample_some(logits, key, temperature):
+    """The toy's own choice where temperature is 0, else others too."""
+    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-3))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
+
+
+@dataclasses.dataclass
+class Toy:
+    """The toy as a step function that counts its compilations and checks what it is given."""
+
+    num_blocks: int
+    page: int
+    result: str = "tokens"  # or "logits", or "sampled"
+    shapes: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        def forward(params, config, cache, tokens, *rest):
+            self.shapes.append(tokens.shape)  # once a compilation
+            return toy_forward(params, config, cache, tokens, *rest)
+
+        one = jnp.float32(1)
+        if self.result == "logits":
+            self.jitted = jax.jit(functools.partial(forward, one, None), donate_argnums=0)
+        else:
+            sample = sample_some if self.result == "sampled" else None
+            self.jitted = make_step(forward, one, None, sample)
+
+    def cache(self):
+        return jnp.full((POOL, self.page, 1, 2), jnp.nan, jnp.float32)
+
+    def __call__(self, cache, tokens, block_table, cache_seqlens, num_new, *options):
+        for array in (tokens, block_table, cache_seqlens, num_new):
+            assert array.dtype == np.int32
+        assert ((num_new >= 0) & (num_new <= tokens.shape[1])).all()
+        assert ((num_new == 0) == (cache_seqlens == 0)).all()
+        assert num_new.any()
+        used = -(-cache_seqlens // self.page)
+        needed = np.arange(block_table.shape[1]) < used[:, None]
+        assert (block_table[needed] >= 0).all()
+        assert ((block_table >= -1) & (block_table < self.num_blocks)).all()
+        assert (block_table[num_new == 0] == -1).all()
+        # What a sequence writes, nobody else holds.
+        begins = (cache_seqlens - num_new) // self.page
+        for row, begin, end in zip(block_table, begins, used, strict=True):
+            for page in row[begin:end]:
+                assert (block_table == page).sum() == 1
+        return self.jitted(cache, tokens, block_table, cache_seqlens, num_new, *options)
+
+
+@functools.cache
+def compiled_toy(page, batch, chunk):
+    """One for all examples: what it has compiled stays."""
+    return Toy(num_blocks=POOL, page=page)
+
+
+def make_batcher(toy, *, batch=3, chunk=4, eos=(EOS,), **options):
+    return ContinuousBatcher(
+        toy,
+        toy.cache(),
+        num_blocks=toy.num_blocks,
+        page_block_size=toy.page,
+        max_batch=batch,
+        max_blocks=WIDTH,
+        chunk=chunk,
+        eos=eos,
+        **options,
+    )
+
+
+def check_books(batcher):
+    """The manager's, and that the batcher holds pages for what runs and nothing else."""
+    manager = batcher.manager
+    manager.check()
+    held = set()
+    for _, request in batcher._running():
+        pages = manager.pages(request.number)
+        assert len(pages) >= manager.pages_for(request.cached)
+        held.update(pages)
+    assert len(held) + manager.num_free == manager.num_blocks
+
+
+def run_checked(batcher, arrivals=(), limit=3000):
+    """Steps until all is done. arrivals: (step, function to call then), in order."""
+    arrivals, streams = list(arrivals), {}
+    for step in range(limit):
+        while arrivals and arrivals[0][0] <= step:
+            arrivals.pop(0)[1]()
+        if not arrivals and not batcher.busy:
+            break
+        served = batcher.step()
+        for request in served:
+            streams.setdefault(request, []).append(request.tokens[-1])
+        check_books(batcher)
+    assert not batcher.busy, "requests do not come to an end"
+    assert batcher.manager.num_free == batcher.manager.num_blocks, "pages leak"
+    for request, stream in streams.items():  # each token is reported once
+        assert request.generated[-len(stream) :] == stream
+        assert request.finish_reason is not None
+
+
+def assert_solo(request, eos=(EOS,)):
+    expected = solo(request.tokens[: request.prompt_length], request.max_tokens, eos)
+    if request.finish_reason == "cancelled":
+        expected = expected[: len(request.generated)]
+    assert request.generated == expected
+    if request.finish_reason != "cancelled":
+        assert request.finish_reason == ("stop" if expected[-1] in eos else "length")
+
+
+# -------------------- Continuous batching
+
+PREFIXES = tuple(tuple((i * 7 + p * p * 3) % VOCAB for i in range(17)) for p in range(3))
+
+
+@st.composite
+def requests(draw):
+    """(step of arrival, prompt, max_tokens, steps until it is cancelled or None)."""
+    prefix = draw(st.sampled_from(PREFIXES))[: draw(st.integers(0, 17))]
+    tail = draw(st.lists(st.integers(0, VOCAB - 1), max_size=6))
+    cancelled = draw(st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)))
+    prompt = (*prefix, *tail) or (1,)
+    return draw(st.integers(0, 25)), prompt, draw(st.integers(1, 18)), cancelled
+
+
+@settings(max_examples=250)
+@hypothesis.given(
+    arriving=st.lists(requests(), min_size=1, max_size=9),
+    page=st.sampled_from([2, 4]),
+    shape=st.sampled_from([(1, 4), (3, 4), (4, 1)]),
+    spare=st.integers(0, 8),
+    eos=st.sampled_from([(), (EOS,)]),
+)
+def test_every_sequence_equals_its_solo_run(arriving, page, shape, spare, eos):
+    batch, chunk = shape
+    width = WIDTH * page
+    arriving = [(at, prompt[: width - n + 1], n, c) for at, prompt, n, c in arriving if n < width]
+    largest = max(-(-(len(prompt) + n - 1) // page) for _, prompt, n, _ in arriving)
+    toy = compiled_toy(page, batch, chunk)
+    toy.num_blocks = min(largest + spare, POOL)  # what one request needs, and few more
+    batcher = make_batcher(toy, batch=batch, chunk=chunk, eos=eos)
+
+    made, events = [], []
+
+    def arrive(prompt, max_tokens):
+        made.append(batcher.submit(prompt, max_tokens))
+
+    for number, (at, prompt, n, cancelled) in enumerate(sorted(arriving, key=lambda r: r[0])):
+        events.append((at, 0, number, functools.partial(arrive, prompt, n)))
+        if cancelled is not None:
+            cancel = functools.partial(lambda i: batcher.cancel(made[i]), number)
+            events.append((at + cancelled, 1, number, cancel))
+    events.sort(key=lambda event: event[:3])
+    run_checked(batcher, [(event[0], event[3]) for event in events])
+
+    assert len(made) == len(arriving)
+    for request in made:
+        assert_solo(request, eos)
+    assert len(toy.shapes) == len(set(toy.shapes)) <= 2
+    assert set(toy.shapes) <= {(batch, chunk), (batch, 1)}
+
+
+def test_preempted_requests_resume():
+    toy = Toy(num_blocks=9, page=2)
+    batcher = make_batcher(toy, eos=())
+    made = [batcher.submit(PREFIXES[i][: 3 + i], 11) for i in range(3)]
+    run_checked(batcher)
+    assert made[0].preemptions == 0  # the oldest never gives way
+    assert sum(request.preemptions for request in made) >= 2
+    for request in made:
+        assert_solo(request, ())
+    assert sorted(toy.shapes) == [(3, 1), (3, 4)]
+
+
+def test_a_common_prefix_is_read_once():
+    toy = Toy(num_blocks=POOL, page=2)
+    batcher = make_batcher(toy, eos=())
+    first = batcher.submit(PREFIXES[0], 8)
+    for _ in range(5):  # 17 tokens by 4
+        assert not first.generated
+        batcher.step()
+    assert first.generated
+    second = batcher.submit([*PREFIXES[0], 1], 3)
+    batcher.step()
+    assert second.reused == 16
+    assert len(second.generated) == 1
+    third = batcher.submit([*PREFIXES[0][:7], *PREFIXES[1][7:]], 3)
+    run_checked(batcher)
+    assert (first.reused, third.reused) == (0, 6)
+    for request in (first, second, third):
+        assert_solo(request, ())
+
+
+def test_a_preempted_request_finds_pages_that_nobody_took():
+    toy = Toy(num_blocks=10, page=2)
+    batcher = make_batcher(toy, eos=())
+    made = [batcher.submit(PREFIXES[0][:5], 12), batcher.submit(PREFIXES[1][:9], 6)]
+    run_checked(batcher)
+    assert made[1].preemptions
+    assert made[1].reused
+    for request in made:
+        assert_solo(request, ())
+
+
+def test_requests_decode_while_others_read_their_prompts():
+    batcher = make_batcher(Toy(num_blocks=POOL, page=4), eos=())
+    first = batcher.submit([1], 20)
+    batcher.step()
+    long = batcher.submit(PREFIXES[0], 2)
+    for _ in range(5):
+        batcher.step()
+    assert (len(first.generated), len(long.generated)) == (6, 1)
+
+
+def test_steps_report_who_got_a_token():
+    batcher = make_batcher(Toy(num_blocks=POOL, page=4), eos=())
+    assert batcher.step() == []
+    one, five = batcher.submit([1], 2), batcher.submit([1, 2, 3, 4, 5], 1)
+    assert batcher.busy
+    assert [batcher.step() for _ in range(3)] == [[one], [one, five], []]
+    assert (one.finish_reason, five.finish_reason) == ("length", "length")
+    assert not batcher.busy
+
+
+def test_logits_will_do_in_place_of_tokens():
+    batcher = make_batcher(Toy(num_blocks=POOL, page=4, result="logits"))
+    made = [batcher.submit(prefix, 8) for prefix in PREFIXES]
+    run_checked(batcher)
+    for request in made:
+        assert_solo(request)
+
+
+def test_cancelled_requests_give_their_pages_back():
+    batcher = make_batcher(Toy(num_blocks=POOL, page=4), batch=1)
+    running, waiting = batcher.submit(PREFIXES[0], 8), batcher.submit(PREFIXES[1], 8)
+    batcher.step()
+    for request in (waiting, running, running):
+        batcher.cancel(request)
+        assert request.finish_reason == "cancelled"
+    assert not batcher.busy
+    assert batcher.manager.num_free == POOL
+
+
+def test_errors_of_submit():
+    batcher = make_batcher(Toy(num_blocks=5, page=4))
+    for prompt, max_tokens, message in (
+        ([], 1, "prompt must have at least one token"),
+        ([1], 0, "max_tokens must be at least 1, got 0"),
+        ([1] * 20, 2, r"may need 6 pages, but a sequence can have 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batcher.submit(prompt, max_tokens)
+    with pytest.raises(ValueError, match=r"unknown options \['temperature'\].* has none"):
+        batcher.submit([1], 1, temperature=1.0)
+    with pytest.raises(ValueError, match=r"unknown options \['seed'\].* has none"):
+        batcher.submit([1], 1, seed=1)
+    assert not batcher.busy
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        make_batcher(Toy(num_blocks=5, page=4), chunk=0)
+
+
+# -------------------- Sampling
+
+
+def test_sampling_follows_from_the_request_alone():
+    wishes = [
+        (PREFIXES[0][:5], {"temperature": 1.0}),
+        (PREFIXES[1][:3], {}),
+        (PREFIXES[0][:6], {"temperature": 0.5, "seed": 2**32 - 1}),
+        (PREFIXES[2][:4], {"temperature": 2.0}),
+    ]
+    toy = Toy(num_blocks=10, page=2, result="sampled")
+
+    def submit(batcher, number):
+        prompt, options = wishes[number]
+        return batcher.submit(prompt, 12, **{"seed": number, **options})
+
+    batcher = make_batcher(toy, eos=(), options={"temperature": 0.0})
+    together = [submit(batcher, number) for number in range(4)]
+    run_checked(batcher)
+    assert any(request.preemptions for request in together)
+    assert sorted(toy.shapes) == [(3, 1), (3, 4)]
+
+    for number, request in enumerate(together):
+        alone = make_batcher(toy, eos=(), options={"temperature": 0.0})
+        expected = submit(alone, number)
+        run_checked(alone)
+        assert request.generated == expected.generated
+    assert_solo(together[1], ())  # temperature 0: greedy
+    generated = {tuple(request.generated) for request in together}
+    greedy = {tuple(solo(prompt, 12)) for prompt, _ in wishes}
+    assert len(generated & greedy) == 1
+
+
+def test_the_seed_is_the_number_of_the_request_by_default():
+    toy = Toy(num_blocks=POOL, page=2, result="sampled")
+    batcher = make_batcher(toy, eos=(), options={"temperature": 1.0})
+    made = [batcher.submit([1, 2], 12, **options) for options in ({}, {}, {"seed": 0})]
+    run_checked(batcher)
+    first, second, third = (request.generated for request in made)
+    assert first == third != second
+
+
+# -------------------- Attention itself
+
+LATENT, ROPE, HEADS, NOPE, MODEL, TOKENS = 12, 4, 3, 8, 16, 24
+
+
+def attention_weights():
+    shapes = {
+        "embedding": (TOKENS, MODEL),
+        "query": (MODEL, HEADS, NOPE + ROPE),
+        "kv_down": (MODEL, LATENT + ROPE),
+        "key_up": (HEADS, NOPE, LATENT),
+        "value_up": (HEADS, LATENT, NOPE),
+        "out": (HEADS, NOPE, MODEL),
+        "head": (MODEL, TOKENS),
+    }
+    rng = np.random.default_rng(0)
+    scale = {"embedding": 1.0, "query": 0.6, "out": 0.6}
+    return {
+        name: rng.standard_normal(shape, np.float32) * np.float32(scale.get(name, 0.3))
+        for name, shape in shapes.items()
+    }
+
+
+def rotate(x, positions):
+    """x [..., n, heads, ROPE] by positions [..., n]. For numpy and jax."""
+    angle = positions[..., None, None] * np.array([1.0, 0.1], np.float32)
+    a, b = x[..., : ROPE // 2], x[..., ROPE // 2 :]
+    module = jnp if isinstance(x, jax.Array) else np
+    cos, sin = module.cos(angle), module.sin(angle)
+    return module.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def attention_forward(w, config, cache, tokens, block_table, cache_seqlens, num_new):
+    """One layer of MLA, absorbed, on the paged cache."""
+    b, s_q = tokens.shape
+    new = jnp.arange(s_q) >= s_q - num_new[:, None]
+    positions = jnp.where(new, cache_seqlens[:, None] - s_q + jnp.arange(s_q), -1)
+    x = w["embedding"][tokens]
+    query = jnp.einsum("bnm,mhe->bnhe", x, w["query"])
+    q_latent = jnp.einsum("bnhe,hec->bnhc", query[..., :NOPE], w["key_up"])
+    q = jnp.concatenate([q_latent, rotate(query[..., NOPE:], positions)], axis=-1)
+    down = x @ w["kv_down"]
+    k_rope = rotate(down[:, :, None, LATENT:], positions)[:, :, 0]
+    entries = jnp.concatenate([down[..., :LATENT], k_rope], axis=-1)
+    slots = mla.get_slot_mapping(block_table, positions, cache.shape[1])
+    cache = mla.append_kv_cache(
+        cache, entries.reshape(b * s_q, -1), slots.reshape(-1), implementation="xla"
+    )
+    attended, _ = mla.flash_mla_with_kvcache(
+        q,
+        cache,
+        block_table,
+        cache_seqlens,
+        LATENT,
+        softmax_scale=(NOPE + ROPE) ** -0.5,
+        causal=True,
+        implementation="xla",
+    )
+    values = jnp.einsum("bhc,hcv->bhv", attended[:, -1], w["value_up"])
+    x = x[:, -1] / 4 + jnp.einsum("bhv,hvm->bm", values, w["out"])
+    return x @ w["head"], cache
+
+
+def attention_solo(w, prompt, max_tokens):
+    """The same model on one sequence: keys and values of every head, no pages. Float64."""
+    w = {name: weight.astype(np.float64) for name, weight in w.items()}
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        x, positions = w["embedding"][tokens], np.arange(len(tokens))
+        query = np.einsum("m,mhe->he", x[-1], w["query"])
+        q_rope = rotate(query[None, :, NOPE:], positions[-1:])[0]
+        down = x @ w["kv_down"]
+        key = np.einsum("tc,hec->the", down[:, :LATENT], w["key_up"])
+        value = np.einsum("tc,hcv->thv", down[:, :LATENT], w["value_up"])
+        scores = np.einsum("he,the->ht", query[:, :NOPE], key)
+        scores += q_rope @ rotate(down[:, None, LATENT:], positions)[:, 0].T
+        scores *= (NOPE + ROPE) ** -0.5
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        x = x[-1] / 4 + np.einsum("ht,thv,hvm->m", weights, value, w["out"])
+        tokens.append(int(np.argmax(x @ w["head"])))
+    return tokens[len(prompt) :]
+
+
+def test_attention_gives_the_tokens_of_solo_runs():
+    w, page = attention_weights(), 4
+    rng = np.random.default_rng(1)
+    common = rng.integers(0, TOKENS, 9)
+    prompts = [[*common, *rng.integers(0, TOKENS, n)] for n in (1, 0, 6)]
+    prompts += [list(rng.integers(0, TOKENS, n)) for n in (1, 14)]
+    batcher = ContinuousBatcher(
+        make_step(attention_forward, w, None),
+        jnp.full((12, page, 1, LATENT + ROPE), jnp.nan, jnp.float32),
+        num_blocks=12,
+        page_block_size=page,
+        max_batch=3,
+        max_blocks=10,
+        chunk=5,
+    )
+    made = []
+    arrivals = [
+        (4 * i, lambda p=p: made.append(batcher.submit(p, 16))) for i, p in enumerate(prompts)
+    ]
+    run_checked(batcher, arrivals)
+    assert any(request.preemptions for request in made)
+    assert any(request.reused for request in made)
+    for request, prompt in zip(made, prompts, strict=True):
+        assert request.generated == attention_solo(w, prompt, 16)
+    # Not a few tokens that anything would give.
+    assert len({token for request in made for token in request.generated}) > 6
