@@ -10,18 +10,33 @@ import numpy as np
 import pytest
 from lowering import PASSED_ON, operations_on
 
+from examples.deepseek.batching import ContinuousBatcher, make_step
+
 # Relative L2 error of any token's logits. In float32 what remains is the order of sums; bfloat16
 # rounds cache entries, queries and results to 8 bits, and the layers' errors add up.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.04}
 
 
+def snippets():
+    text = Path(__file__).parents[1].joinpath("docs/models.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 @functools.cache
 def docs():
-    """What the snippets define, having run."""
-    text = Path(__file__).parents[1].joinpath("docs/models.md").read_text(encoding="utf-8")
+    """What the snippets define; those that run a model are left out."""
     names = {}
-    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
+    exec("\n".join(code for code in snippets() if "empty_cache()," not in code), names)
     return names
+
+
+def test_snippets_run():
+    assert sum("empty_cache()," in code for code in snippets()) == 5
+    names = {}
+    exec("\n".join(snippets()), names)
+    for name in ("params", "flax_state", "eqx_model", "streamed"):
+        assert names[name]
+    assert np.isfinite(names["logits"]).all()
 
 
 def shape(name):
@@ -148,15 +163,15 @@ def test_decode_against_plain_attention(kind, implementation):
 
 def test_batched_requests_equal_their_solo_runs():
     """In a pool that is too small for all of them."""
-    names, params = docs(), plain_params()
-    step = names["make_step"](names["forward"], params, None)
+    params = plain_params()
+    step = make_step(docs()["forward"], params, None)
     rng = np.random.default_rng(1)
     common = rng.integers(0, shape("vocab"), 70)
     prompts = [[*common[:n], *rng.integers(0, shape("vocab"), m)] for n, m in ((70, 55), (70, 54))]
     prompts += [rng.integers(0, shape("vocab"), n) for n in (61, 3)]
-    batcher = names["ContinuousBatcher"](
+    batcher = ContinuousBatcher(
         step,
-        names["empty_cache"](jnp.float32),
+        docs()["empty_cache"](jnp.float32),
         num_blocks=4,
         page_block_size=64,
         max_batch=3,
