@@ -80,6 +80,18 @@ def test_a_freed_page_is_found_until_it_is_handed_out():
     manager.check()
 
 
+def test_pages_without_content_are_handed_out_first():
+    manager = BlockManager(3, PAGE)
+    manager.allocate("a", [1] * 8)
+    manager.publish("a", [1] * 8, 8)
+    manager.allocate("b", [2])
+    blank = manager.pages("b")
+    manager.free("a")
+    manager.free("b")  # last, and yet first
+    manager.allocate("c", [3])
+    assert manager.pages("c") == blank
+
+
 def test_a_refused_call_changes_nothing():
     manager = BlockManager(4, PAGE)
     manager.allocate("a", [1] * 9)
@@ -444,6 +456,25 @@ def test_preempted_requests_resume():
     assert sorted(toy.shapes) == [(3, 1), (3, 4)]
 
 
+def test_a_preempted_request_comes_before_those_that_wait():
+    batcher = make_batcher(Toy(num_blocks=7, page=2), batch=2, eos=())
+    made = [batcher.submit(PREFIXES[i][:3], 10) for i in range(3)]
+    last = []
+    while batcher.busy:
+        last += [request for request in batcher.step() if request.finish_reason]
+    assert made[1].preemptions
+    assert last == made
+    for request in made:
+        assert_solo(request, ())
+
+
+def test_nobody_is_admitted_only_to_be_out_again():
+    batcher = make_batcher(Toy(num_blocks=4, page=2), eos=())
+    made = [batcher.submit(PREFIXES[i][:3], 4) for i in range(2)]
+    run_checked(batcher)
+    assert [request.preemptions for request in made] == [0, 0]
+
+
 def test_a_common_prefix_is_read_once():
     toy = Toy(num_blocks=POOL, page=2)
     batcher = make_batcher(toy, eos=())
@@ -566,11 +597,12 @@ def test_sampling_follows_from_the_request_alone():
 
 def test_the_seed_is_the_number_of_the_request_by_default():
     toy = Toy(num_blocks=POOL, page=2, result="sampled")
-    batcher = make_batcher(toy, eos=(), options={"temperature": 1.0})
+    batcher = make_batcher(toy, eos=(), options={"temperature": 100.0})  # nearly uniform
     made = [batcher.submit([1, 2], 12, **options) for options in ({}, {}, {"seed": 0})]
     run_checked(batcher)
     first, second, third = (request.generated for request in made)
     assert first == third != second
+    assert len(set(first)) > 3  # a key of its own for each token
 
 
 # -------------------- Attention itself
