@@ -282,6 +282,7 @@ def make_step(forward: Callable, params, config, sample: Callable | None = None)
         with `options`: of one sequence, it is mapped over the batch. The key is made of the
         request's seed and its number of tokens, so that what is drawn depends neither on the slot
         nor on what else runs.
+        For a function f of whole batches: lambda x, key, **options: f(x[None], key, **options)[0]
 
     Returns:
       The function, jitted, the cache donated.
