@@ -18,6 +18,11 @@ class Loader {
 
   __device__ __forceinline__ void Run(const BlockWork& work) {
     kv_head_ = work.kv_head;
+    // Pages that only this cluster reads, once, make room in the L2 for partial results, if this
+    // part writes any. Where nothing is split it is slower.
+    const bool read_once = params_.row_tiles <= kClusterSize;
+    const bool shares_request = work.begin.tile > 0 || work.end.tile > 0;
+    policy_ = read_once && shares_request ? kEvictFirst : kEvictNormal;
     const int num_pieces = work.NumPieces();
     for (int i = 0; i < num_pieces; ++i) {
       Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
@@ -30,10 +35,6 @@ class Loader {
  private:
   __device__ __forceinline__ void LoadPiece(const BlockWork& work, const Piece& piece) {
     if (piece.num_tiles == 0) return;
-    // Pages that only this cluster reads, once, make room for the partial results of a split
-    // request. Where nothing is split it is slower.
-    const bool read_once = params_.row_tiles <= kClusterSize;
-    policy_ = piece.slot >= 0 && read_once ? kEvictFirst : kEvictNormal;
     end_ = piece.first_tile + piece.num_tiles;
     LoadRegisterQueries(work.row_tile * kTileRows, piece.request);
     OpenBatch(piece.FirstPage(params_.page_shift));
@@ -170,7 +171,7 @@ class Loader {
   SharedMemoryPlan<T>& smem_;
   const CUtensorMap &q_map_, &k_map_;
   const DecodeParams& params_;
-  CachePolicy policy_;  // for the keys of this piece
+  CachePolicy policy_;  // for the keys
   int kv_head_;
   int end_;  // the tile behind this piece
   uint32_t turn_ = 0, q_parity_ = 0;
