@@ -9,8 +9,9 @@
 // Schedule: a block looks at one request, or, where there are more requests than parts, at one
 // boundary between parts: it lies inside a request, and is the first to do so, or not. Blocks that
 // find nothing to do leave at once. Two shapes of work, by what is known at launch: with many
-// requests each has few splits, and a warp makes a whole row; with few requests 2 to 16 warps make
-// a quarter of a row, sharing the splits, all of which are in flight at once.
+// requests each has few splits, and a warp makes a whole row; with few requests up to 16 warps make
+// a quarter of a row, sharing the splits, all of which are in flight at once. How many warps that
+// takes is only seen on the device; the fewer, the fewer blocks have anything to do.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,12 +25,19 @@ namespace {
 using sm90::kFullWarp;
 using sm90::kWarpSize;
 
+constexpr int kSplitsAtOnce = 9;                         // that a warp has in flight
 constexpr int kLaneColumns = 4;                          // a lane loads 16 bytes
 constexpr int kWarpColumns = kWarpSize * kLaneColumns;   // 128
 constexpr int kColumnBlocks = kHeadDimV / kWarpColumns;  // 4
 
-// Warps of a block of the kernel in which kWarps warps make a quarter row, or one a row (0).
-constexpr int BlockWarps(int warps) { return warps > 8 ? warps : 8; }
+// How the work is cut.
+enum class Shape {
+  kRows,         // a warp makes a row
+  kQuarters,     // up to 8 warps make a quarter of a row, as many as its splits take
+  kFewQuarters,  // 16 warps do, in blocks of which an SM holds one
+};
+constexpr int BlockWarps(Shape shape) { return shape == Shape::kFewQuarters ? 16 : 8; }
+constexpr int BlocksPerSm(Shape shape) { return shape == Shape::kFewQuarters ? 1 : 3; }
 
 // The splits of one request.
 struct SplitRequest {
@@ -168,78 +176,91 @@ __device__ __forceinline__ void CombineRow(const CombineParams& params, const Sp
   if (lane == 0) WriteLse(params, request.request, kv_head, row, total);
 }
 
-// kWarps warps a quarter of a row.
-template <typename T, int kWarps>
+// `warps` warps, a power of 2, make quarter `quarter` of all rows' quarters, if there is one.
+template <typename T, int kBlockWarps>
 __device__ __forceinline__ void CombineQuarterRow(const CombineParams& params,
-                                                  const SplitRequest& request, int kv_head, int row,
-                                                  int quarter) {
-  __shared__ float4 partial[BlockWarps(kWarps)][kWarpSize];
+                                                  const SplitRequest& request, int kv_head,
+                                                  int quarter, int warps) {
+  __shared__ float4 partial[kBlockWarps][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int column = quarter * kWarpColumns + lane * kLaneColumns;
+  const int row = quarter / kColumnBlocks;
+  const int column = quarter % kColumnBlocks * kWarpColumns + lane * kLaneColumns;
+  const int share = warp & (warps - 1);
   float4 sum[1] = {};
-  const float total =
-      AddSplits<1, 9>(params, request, kv_head, row, warp % kWarps, kWarps, column, sum);
+  float total = 0.f;
+  if (row < params.rows) {
+    total = AddSplits<1, kSplitsAtOnce>(params, request, kv_head, row, share, warps, column, sum);
+  }
   partial[warp][lane] = sum[0];
   __syncthreads();
-  if (warp % kWarps != 0) return;
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) {
+  if (share != 0 || row >= params.rows) return;
+  for (int w = 1; w < warps; ++w) {
     sum[0].x += partial[warp + w][lane].x;
     sum[0].y += partial[warp + w][lane].y;
     sum[0].z += partial[warp + w][lane].z;
     sum[0].w += partial[warp + w][lane].w;
   }
   WriteColumns<T>(params, request.request, kv_head, row, column, sum[0]);
-  if (lane == 0 && quarter == 0) WriteLse(params, request.request, kv_head, row, total);
+  if (lane == 0 && quarter % kColumnBlocks == 0)
+    WriteLse(params, request.request, kv_head, row, total);
 }
 
-// Grid: candidates * h_kv * units, unit fastest. A unit is what the block's warps make: a row each
-// (kWarps 0), or a quarter of a row by kWarps of them.
-template <typename T, int kWarps>
-__global__ void __launch_bounds__(BlockWarps(kWarps) * kWarpSize, BlockWarps(kWarps) > 8 ? 1 : 3)
-    CombineKernel(const __grid_constant__ CombineParams params, int units, bool by_request) {
+// Warps for a quarter of a row, so that each has all of its splits in flight at once.
+template <Shape kShape>
+__device__ __forceinline__ int WarpsFor(int splits, int most) {
+  if constexpr (kShape == Shape::kFewQuarters) return BlockWarps(kShape);
+  int warps = 1;
+  while (warps < most && warps * kSplitsAtOnce < splits) warps *= 2;
+  return warps;
+}
+
+// Grid: candidates * h_kv * units, unit fastest: enough units for `most_warps` warps a quarter row.
+template <typename T, Shape kShape>
+__global__ void __launch_bounds__(BlockWarps(kShape) * kWarpSize, BlocksPerSm(kShape))
+    CombineKernel(const __grid_constant__ CombineParams params, int units, int most_warps,
+                  bool by_request) {
   const int unit = blockIdx.x % units;
   const int kv_head = blockIdx.x / units % params.num_kv_heads;
   const int candidate = blockIdx.x / units / params.num_kv_heads;
+  sm90::WaitForPriorKernels();
   SplitRequest request;
   const bool found = by_request ? FindByRequest(params.schedule, candidate, &request)
                                 : FindByPart(params.schedule, candidate + 1, &request);
-  // The schedule comes from before decode, which has waited for it before it let this kernel start.
-  sm90::WaitForPriorKernels();
   if (!found) return;
-  const int warp = threadIdx.x / kWarpSize;
-  if constexpr (kWarps > 0) {
-    const int quarter = unit * (BlockWarps(kWarps) / kWarps) + warp / kWarps;
-    CombineQuarterRow<T, kWarps>(params, request, kv_head, quarter / kColumnBlocks,
-                                 quarter % kColumnBlocks);
+  const int warp = unit * BlockWarps(kShape) + threadIdx.x / kWarpSize;
+  if constexpr (kShape == Shape::kRows) {
+    if (warp < params.rows) CombineRow<T>(params, request, kv_head, warp);
   } else {
-    const int row = unit * BlockWarps(kWarps) + warp;
-    if (row < params.rows) CombineRow<T>(params, request, kv_head, row);
+    const int warps = WarpsFor<kShape>(request.splits, most_warps);
+    CombineQuarterRow<T, BlockWarps(kShape)>(params, request, kv_head, warp / warps, warps);
   }
 }
 
-// How many warps make a quarter row (0: one makes a row), so that few of them load more than the
-// 9 splits that a warp has in flight; by the number of splits of a request, on average.
-int WarpsPerQuarterRow(const CombineParams& params) {
+struct LaunchPlan {
+  Shape shape;
+  int most_warps;  // for a quarter of a row
+};
+
+// By the number of splits of a request, on average.
+LaunchPlan PlanLaunch(const CombineParams& params) {
   const int64_t parts = params.schedule.num_parts, batch = params.batch;
   const int64_t quarters = batch * params.num_kv_heads * params.rows * kColumnBlocks;
-  if (parts > 72 * batch && quarters <= parts) return 16;  // blocks of which an SM holds one
-  return parts > 36 * batch ? 8 : parts > 18 * batch ? 4 : parts > 8 * batch ? 2 : 0;
+  if (parts > 8 * kSplitsAtOnce * batch && quarters <= parts) return {Shape::kFewQuarters, 16};
+  for (const int warps : {8, 4, 2}) {
+    if (2 * parts > warps * kSplitsAtOnce * batch) return {Shape::kQuarters, warps};
+  }
+  return {Shape::kRows, 0};
 }
 
 template <typename T>
-auto KernelFor(int warps) {
-  switch (warps) {
-    case 16:
-      return CombineKernel<T, 16>;
-    case 8:
-      return CombineKernel<T, 8>;
-    case 4:
-      return CombineKernel<T, 4>;
-    case 2:
-      return CombineKernel<T, 2>;
+auto KernelOf(Shape shape) {
+  switch (shape) {
+    case Shape::kFewQuarters:
+      return CombineKernel<T, Shape::kFewQuarters>;
+    case Shape::kQuarters:
+      return CombineKernel<T, Shape::kQuarters>;
     default:
-      return CombineKernel<T, 0>;
+      return CombineKernel<T, Shape::kRows>;
   }
 }
 
@@ -250,15 +271,17 @@ ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   constexpr const char* kOp = "flash_mla_with_kvcache";
   const int boundaries = params.schedule.num_parts - 1;
   if (boundaries == 0) return ffi::Error::Success();
-  const int warps = WarpsPerQuarterRow(params), block_warps = BlockWarps(warps);
+  const LaunchPlan plan = PlanLaunch(params);
+  const int block_warps = BlockWarps(plan.shape);
   const bool by_request = params.batch <= boundaries;
-  const int units =
-      CeilDiv(warps == 0 ? params.rows : params.rows * kColumnBlocks * warps, block_warps);
+  const int warps =
+      plan.shape == Shape::kRows ? params.rows : params.rows * kColumnBlocks * plan.most_warps;
+  const int units = CeilDiv(warps, block_warps);
   const int64_t candidates = by_request ? params.batch : boundaries;
   const int64_t blocks = candidates * params.num_kv_heads * units;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
   return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = block_warps * kWarpSize},
-                          KernelFor<T>(warps), params, units, by_request);
+                          KernelOf<T>(plan.shape), params, units, plan.most_warps, by_request);
 }
 
 template ffi::Error LaunchCombine<__nv_bfloat16>(const CombineParams&, cudaStream_t);
