@@ -23,7 +23,6 @@ constexpr int kHeadDimV = 512;
 constexpr int kTileTokens = 64;  // tokens of a key tile
 constexpr int kTileRows = 64;    // query rows of a row tile
 constexpr int kRequestOverhead = 2;
-constexpr int kMinPartTiles = 1;
 constexpr int kAlignedTolerance = 16;
 
 // Where a part begins: tile `tile` of request `request`.

@@ -9,6 +9,9 @@
 // Schedule: one block. A pass over the batch for the total and for the cost of the largest aligned
 // part, then one that writes the aligned parts, or scans the costs, writes what follows from them,
 // and scans the split counts.
+#include <cstdint>
+#include <limits>
+
 #include "ffi.h"
 #include "mla.cuh"
 #include "sm90/cta.cuh"
@@ -23,12 +26,19 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr const char* kOp = "get_mla_metadata";
 
+// Smaller parts take less time, but leave more partial results to join. With W units of work in all
+// and parts of t, that is a microsecond a unit against W / t * rows * 2 KB: the sum is least where
+// kJoinCost * t * t is W * rows. Measured on an H200.
+constexpr int kJoinCost = 2048;
+constexpr int kLargestMinimum = 8;  // beyond it the SMs set the size of a part, not this
+
 struct SchedulerParams {
   const int32_t* cache_seqlens;  // [batch]
   PartBound* part_bounds;        // [num_parts + 1]
   int32_t* first_part;           // [batch]
   int32_t* num_splits;           // [batch + 1]
   int32_t batch, num_parts;
+  int32_t rows;  // query rows of a request, those of all KV heads
 };
 
 // The inclusive prefix sum of `value` over the block's threads; `total` is the sum of all.
@@ -76,11 +86,25 @@ __device__ __forceinline__ int PlaceRequest(const SchedulerParams& params, int i
 // Aligned parts: of `requests` whole requests each, or `splits` parts for each request.
 struct Alignment {
   int requests, splits;
+  int min_tiles = 1;  // of a split
 
   __device__ __forceinline__ explicit Alignment(const SchedulerParams& params)
       : requests(CeilDiv(params.batch, params.num_parts)),
         splits(max(params.num_parts / params.batch, 1)) {}
+
+  // The tiles of each split of a request of `tiles`; the last one may have fewer.
+  __device__ __forceinline__ int SplitTiles(int tiles) const {
+    return max(CeilDiv(tiles, splits), min_tiles);
+  }
 };
+
+// The smallest part that is worth its partial results, where all requests cost `total`.
+__device__ __forceinline__ int MinPartTiles(int total, int rows) {
+  const int work = min(total, 1 << 17) * min(rows, 1 << 13);  // no more changes nothing
+  int tiles = 1;
+  while (tiles < kLargestMinimum && kJoinCost * tiles * tiles < work) ++tiles;
+  return tiles;
+}
 
 // The sum of the costs of part p's requests, and the cost of part p.
 __device__ int RequestsCost(const SchedulerParams& params, Alignment aligned, int p, int* part) {
@@ -105,7 +129,7 @@ __device__ __forceinline__ PartBound AlignedBound(const SchedulerParams& params,
   if (request >= params.batch) return {params.batch, 0};
   if (split == 0) return {request, 0};
   const int tiles = Tiles(params.cache_seqlens[request], params.batch);
-  const int first = split * CeilDiv(tiles, aligned.splits);
+  const int first = split * aligned.SplitTiles(tiles);
   return first < tiles ? PartBound{request, first} : PartBound{request + 1, 0};
 }
 
@@ -119,7 +143,7 @@ __device__ void PlaceAlignedParts(const SchedulerParams& params, Alignment align
     int splits = 0;
     if (i < params.batch) {
       const int tiles = Tiles(params.cache_seqlens[i], params.batch);
-      splits = tiles == 0 ? 1 : CeilDiv(tiles, CeilDiv(tiles, aligned.splits));
+      splits = tiles == 0 ? 1 : CeilDiv(tiles, aligned.SplitTiles(tiles));
       params.first_part[i] = i / aligned.requests * aligned.splits;
     }
     int strip_splits;
@@ -156,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
     TileSchedulerKernel(const __grid_constant__ SchedulerParams params) {
   sm90::AllowNextKernel();
   sm90::WaitForPriorKernels();
-  const Alignment aligned(params);
+  Alignment aligned(params);
   int cost = 0, largest = 0;
   for (int p = threadIdx.x; p * aligned.requests < params.batch; p += kThreads) {
     int part_cost;
@@ -165,7 +189,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   int total;
   BlockScan(cost, &total);
-  const int payload = max(CeilDiv(total, params.num_parts), kMinPartTiles);
+  aligned.min_tiles = MinPartTiles(total, params.rows);
+  const int payload = max(CeilDiv(total, params.num_parts), aligned.min_tiles);
   if (__syncthreads_or(largest - payload > payload / kAlignedTolerance)) {
     PlaceEqualParts(params, payload, total);
   } else {
@@ -175,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
 
 ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_seqlens,
                              I32Result<2> part_bounds, I32Result<1> first_part,
-                             I32Result<1> num_splits) {
+                             I32Result<1> num_splits, int64_t rows) {
   JAX_FLASHMLA_CHECK(CheckDevice(kOp, device));
   const int64_t batch = cache_seqlens.dimensions()[0];
   const int64_t num_parts = part_bounds->dimensions()[0] - 1;
@@ -185,6 +210,8 @@ ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_s
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", num_splits->dimensions(), {batch + 1}));
   constexpr int64_t kMaxBatch = 1 << 24;
   JAX_FLASHMLA_CHECK(CheckArgument(batch <= kMaxBatch, kOp, "the batch must be at most 2^24"));
+  JAX_FLASHMLA_CHECK(CheckArgument(rows >= 1 && rows <= std::numeric_limits<int32_t>::max(), kOp,
+                                   "the query rows must fit into int32"));
   const SchedulerParams params = {
       .cache_seqlens = cache_seqlens.typed_data(),
       .part_bounds = reinterpret_cast<PartBound*>(part_bounds->typed_data()),
@@ -192,6 +219,7 @@ ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_s
       .num_splits = num_splits->typed_data(),
       .batch = static_cast<int32_t>(batch),
       .num_parts = static_cast<int32_t>(num_parts),
+      .rows = static_cast<int32_t>(rows),
   };
   return LaunchOverlapped(kOp, stream, {.grid = 1, .block = kThreads}, TileSchedulerKernel, params);
 }
@@ -205,7 +233,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(TileScheduler, TileSchedulerImpl,
                                   .Arg<I32<1>>()
                                   .Ret<I32<2>>()
                                   .Ret<I32<1>>()
-                                  .Ret<I32<1>>(),
+                                  .Ret<I32<1>>()
+                                  .Attr<int64_t>("rows"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_flashmla

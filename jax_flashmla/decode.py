@@ -299,6 +299,7 @@ def _batch(args, dims, *, fixed_split_size, implementation, **params):
         cache_seqlens,
         # Splits of a fixed size are as many for each sequence as before.
         num_parts=num_parts if fixed_split_size is None else n * num_parts,
+        rows=q.shape[1] * q.shape[2],
         fixed_split_size=fixed_split_size,
         implementation=implementation,
     )

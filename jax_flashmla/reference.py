@@ -18,8 +18,13 @@ TILE_TOKENS = 64
 REQUEST_OVERHEAD = 2
 """What a request costs beyond its own tiles, in tiles (its prologue and epilogue)."""
 
-MIN_PAYLOAD = 1
-"""The least cost, in tiles, that a part is given before a further part gets work."""
+JOIN_COST = 2048
+"""Smaller parts end sooner, but leave more partial results to be joined: with W units of work and
+parts of t, W / t of them for each query row. As measured, t is best where JOIN_COST * t**2 is
+W * rows."""
+
+LARGEST_MIN_PART = 8
+"""No part is made larger than that for it, in tiles; beyond it the number of parts decides."""
 
 ALIGNED_TOLERANCE = 16
 """Parts are aligned to the requests where that makes the largest one at most a 16th larger."""
@@ -31,7 +36,7 @@ _CHUNK_ELEMENTS = 2**25  # of K in float32
 _SYMBOLIC_BATCH = 128  # what a batch counts for in that bound where jax.export leaves it open
 
 
-def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ...]:
+def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[jax.Array, ...]:
     """Cuts the work of all requests into `num_parts` runs of equal cost.
 
     The requests stand on a line, each as REQUEST_OVERHEAD units and then one unit a tile; part p
@@ -43,7 +48,8 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
 
     Args:
       cache_seqlens: i32 [b], tokens of each sequence; negative ones count as 0.
-      num_parts: the number of runs.
+      num_parts: the number of runs; the last ones are empty where the work is small (JOIN_COST).
+      rows: query rows of a sequence, those of all KV heads, s_q * h_q.
 
     Returns:
       part_bounds: i32 [num_parts + 1, 2], (request, tile) at which each part starts. (i, 0) lies
@@ -58,7 +64,8 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     end = jnp.cumsum(tiles + REQUEST_OVERHEAD, dtype=jnp.int32)
     start = end - tiles - REQUEST_OVERHEAD
     total = end[-1]
-    payload = jnp.maximum(_ceil_div(total, num_parts), MIN_PAYLOAD)
+    smallest = _smallest_part(total, rows)
+    payload = jnp.maximum(_ceil_div(total, num_parts), smallest)
 
     # An empty request ends with its overhead, so that its one split belongs to the part in which
     # that overhead ends.
@@ -83,7 +90,7 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
     whole = jnp.max(jnp.diff(end[last], prepend=0))
     largest = jnp.where(parts == 1, whole, jnp.max(_ceil_div(tiles, parts)))
     aligned = largest - payload <= payload // ALIGNED_TOLERANCE
-    tiles_a_split = jnp.maximum(_ceil_div(tiles, parts), 1)
+    tiles_a_split = jnp.maximum(_ceil_div(tiles, parts), smallest)
     equal = part_bounds, first_part, num_splits
     return tuple(
         jnp.where(aligned, ours, theirs).astype(jnp.int32)
@@ -93,6 +100,13 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int) -> tuple[jax.Array, ..
             strict=True,
         )
     )
+
+
+def _smallest_part(total, rows):
+    """The tiles of the smallest part that is worth its partial results, where all cost `total`."""
+    work = jnp.minimum(total, 2**17) * min(rows, 2**13)  # more would change nothing
+    tiles = jnp.arange(1, LARGEST_MIN_PART, dtype=jnp.int32)
+    return 1 + jnp.sum(JOIN_COST * tiles**2 < work, dtype=jnp.int32)
 
 
 def fixed_schedule(

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 
 from . import _ffi, reference
@@ -106,6 +107,7 @@ def get_mla_metadata(
     part_bounds, first_part, num_splits = get_mla_metadata_op(
         cache_seqlens,
         num_parts=num_parts,
+        rows=rows * h_kv,
         fixed_split_size=fixed_split_size,
         implementation=implementation,
     )
@@ -144,14 +146,14 @@ def _local_num_sms() -> int:
     return int(devices[0].core_count) if devices else DEFAULT_NUM_SMS
 
 
-def _result_types(cache_seqlens, *, num_parts, fixed_split_size):
+def _result_types(cache_seqlens, *, num_parts, **params):
     b = cache_seqlens.shape[0]
     return [((num_parts + 1, 2), jnp.int32), ((b,), jnp.int32), ((b + 1,), jnp.int32)]
 
 
-def _reference(cache_seqlens, *, num_parts, fixed_split_size):
+def _reference(cache_seqlens, *, num_parts, rows, fixed_split_size):
     if fixed_split_size is None:
-        return reference.schedule(cache_seqlens, num_parts=num_parts)
+        return reference.schedule(cache_seqlens, num_parts=num_parts, rows=rows)
     return reference.fixed_schedule(
         cache_seqlens, num_parts=num_parts, fixed_split_size=fixed_split_size
     )
@@ -164,7 +166,7 @@ def _kernel(cache_seqlens, **params):
     call = jax.ffi.ffi_call(
         "jax_flashmla_tile_scheduler", [jax.ShapeDtypeStruct(*type_) for type_ in types]
     )
-    return call(cache_seqlens)
+    return call(cache_seqlens, rows=np.int64(params["rows"]))
 
 
 def _batch(args, dims, *, implementation, **params):

@@ -47,12 +47,13 @@ FIXED = {
 NUM_SMS = [1, 2, 7, 132, 200]
 
 
-def slow_schedule(lengths, num_parts):
+def slow_schedule(lengths, num_parts, rows):
     """The schedule in Python integers, one request and one part after the other."""
     b = len(lengths)
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     starts = np.concatenate([[0], np.cumsum([t + OVERHEAD for t in tiles])]).tolist()
-    payload = max(-(-starts[-1] // num_parts), 1)
+    smallest = next(t for t in range(1, 9) if t == 8 or 2048 * t * t >= starts[-1] * rows)
+    payload = max(-(-starts[-1] // num_parts), smallest)
     group, parts = -(-b // num_parts), max(1, num_parts // b)
     edges = [min(p * group, b) for p in range(num_parts + 1)]
     largest = max(starts[y] - starts[x] for x, y in itertools.pairwise(edges))
@@ -61,7 +62,7 @@ def slow_schedule(lengths, num_parts):
     if largest <= payload + payload // 16:
         if parts == 1:
             return [(i, 0) for i in edges], [i // group for i in range(b)], list(range(b + 1))
-        return aligned_schedule(tiles, parts, num_parts)
+        return aligned_schedule(tiles, parts, num_parts, smallest)
     bounds = []
     for p in range(num_parts + 1):
         cut = p * payload
@@ -79,11 +80,11 @@ def slow_schedule(lengths, num_parts):
     return bounds, first_part, num_splits
 
 
-def aligned_schedule(tiles, parts, num_parts):
+def aligned_schedule(tiles, parts, num_parts, smallest):
     """Every request has `parts` parts of equally many tiles; a short one leaves some empty."""
     bounds, num_splits = [], [0]
     for i, count in enumerate(tiles):
-        step = max(1, -(-count // parts))
+        step = max(smallest, -(-count // parts))
         begins = list(range(0, max(count, 1), step))
         bounds += [(i, tile) for tile in begins] + [(i + 1, 0)] * (parts - len(begins))
         num_splits.append(num_splits[-1] + len(begins))
@@ -123,7 +124,41 @@ def make_fixed(lengths, size, max_seqlen, implementation="xla"):
 def test_integers(lengths, num_sms, implementation):
     metadata, num_splits = make(lengths, num_sms, implementation)
     assert metadata.num_parts == max(1, num_sms // 2)
-    assert_integers(metadata, num_splits, slow_schedule(lengths, metadata.num_parts))
+    assert_integers(metadata, num_splits, slow_schedule(lengths, metadata.num_parts, rows=128))
+
+
+@pytest.mark.parametrize(("rows", "h_kv"), [(1, 1), (16, 1), (64, 1), (8, 16), (256, 1), (9000, 2)])
+@pytest.mark.parametrize("lengths", [[4096], [20000, 3, 9000], [64] * 40, [30, 900] * 70])
+def test_integers_by_query_rows(lengths, rows, h_kv, implementation):
+    metadata, num_splits = fm.get_mla_metadata(
+        jnp.asarray(lengths, jnp.int32), rows, h_kv, num_sms=132, implementation=implementation
+    )
+    expected = slow_schedule(lengths, metadata.num_parts, rows * h_kv)
+    assert_integers(metadata, np.asarray(num_splits), expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "rows", "h_kv", "tiles"),
+    [
+        (1, 4096, 16, 1, 1),
+        (1, 8192, 16, 1, 2),
+        (1, 8192, 16, 2, 2),
+        (1, 8192, 64, 1, 3),
+        (1, 4096, 128, 1, 3),
+        (2, 2048, 128, 1, 3),
+        (1, 16384, 128, 1, 5),
+        (1, 8192, 512, 1, 8),  # of 16 parts
+        (1, 1024, 100000, 1, 16),  # of one part
+    ],
+)
+def test_small_work_makes_fewer_parts(batch, length, rows, h_kv, tiles):
+    metadata, num_splits = fm.get_mla_metadata(
+        jnp.full(batch, length, jnp.int32), rows, h_kv, num_sms=132, implementation="xla"
+    )
+    splits = -(-length // TILE // tiles)
+    np.testing.assert_array_equal(num_splits, np.arange(batch + 1) * splits)
+    bounds = np.asarray(metadata.part_bounds)[:splits]
+    np.testing.assert_array_equal(bounds, [(0, s * tiles) for s in range(splits)])
 
 
 def assert_integers(metadata, num_splits, expected):
@@ -300,7 +335,7 @@ def test_in_a_loop_and_under_vmap(implementation):
 
     rows = jnp.array([[5, 6000, 0], [1, 1, 1], [70000, 3, 900]], jnp.int32)
     expected = [
-        sum(slow_schedule((row + 1000 * i).tolist(), 66)[2][-1] for i in range(4))
+        sum(slow_schedule((row + 1000 * i).tolist(), 66, rows=128)[2][-1] for i in range(4))
         for row in np.asarray(rows)
     ]
     assert jax.jit(jax.vmap(total))(rows).tolist() == expected
