@@ -1,0 +1,245 @@
+"""What a model of the DeepSeek family is made of, read from its Hugging Face config.json."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN (https://arxiv.org/abs/2309.00071): how positions past the trained length are met."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def magnitude(self, mscale):
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The dimensions and rules of a model. Hashable: a static argument of jitted functions."""
+
+    vocab: int
+    width: int  # of the residual stream
+    layers: int
+    heads: int
+    q_lora_rank: int | None  # None: queries straight from the residual stream
+    kv_lora_rank: int  # the latent part of a cache entry
+    nope_dim: int  # query/key width of a head without positions
+    rope_dim: int  # the part with positions
+    value_dim: int
+    mlp_width: int  # of dense layers
+    expert_width: int = 0
+    experts: int = 0  # routed ones; 0: every layer is dense
+    experts_per_token: int = 0
+    shared_experts: int = 0
+    dense_layers: int = 0  # the first layers that have no experts, and
+    moe_layer_freq: int = 1  # after these every how manieth layer has some
+    topk_method: str = "greedy"  # or group_limited_greedy, or noaux_tc
+    groups: int = 1
+    groups_per_token: int = 1
+    normalize_routing: bool = False  # the weights of a token's experts sum to routing_scale
+    routing_scale: float = 1.0
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_interleave: bool = True  # pairs of neighbouring columns, not of the two halves
+    yarn: Yarn | None = None
+    tied: bool = False  # the head is the embedding
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    fp8_block: tuple[int, int] | None = None  # of the checkpoint's quantised matrices
+    extra_layers: int = 0  # of the checkpoint, past the last: they predict further tokens
+
+    @property
+    def entry_dim(self):
+        """Columns of a cache entry: d_k of the op; head_dim_v is kv_lora_rank."""
+        return self.kv_lora_rank + self.rope_dim
+
+    @property
+    def softmax_scale(self):
+        """Follows the width of a head before absorption; YaRN sharpens the softmax."""
+        scale = (self.nope_dim + self.rope_dim) ** -0.5
+        return scale * (self.yarn.magnitude(self.yarn.mscale_all_dim) ** 2 if self.yarn else 1.0)
+
+    def has_experts(self, layer):
+        late = layer >= self.dense_layers and layer % self.moe_layer_freq == 0
+        return self.experts > 0 and late
+
+    @classmethod
+    def from_hf(cls, source):
+        """Reads a Hugging Face configuration.
+
+        Args:
+          source: the dict of a config.json, or the folder in which it lies.
+
+        Raises:
+          ValueError: a value that these models do not have, named with its key.
+        """
+        if not isinstance(source, dict):
+            source = json.loads((Path(source) / "config.json").read_text("utf-8"))
+        return _from_hf(source)
+
+    @classmethod
+    def named(cls, name):
+        """One of PRESETS: the dimensions of a released model, for random weights."""
+        if name not in PRESETS:
+            raise ValueError(f"the model must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.from_hf(PRESETS[name])
+
+
+# What each kind of model means where its config.json is silent.
+_DEFAULTS = {
+    "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
+}
+_DEFAULTS["kimi_k2"] = _DEFAULTS["deepseek_v3"]
+
+_SCORING = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
+
+
+def _from_hf(hf):
+    _require(hf, "model_type", tuple(_DEFAULTS))
+    hf = {**_DEFAULTS[hf["model_type"]], **hf}
+    _require(hf, "topk_method", tuple(_SCORING))
+    _require(hf, "scoring_func", (_SCORING[hf["topk_method"]],))
+    _require(hf, "hidden_act", ("silu",))
+    _require(hf, "attention_bias", (False, None))
+    _require(hf, "mlp_bias", (False, None))
+    _require(hf, "num_key_value_heads", (hf["num_attention_heads"], None))
+    if hf["model_type"] == "deepseek_v2":
+        # What it would mean beside routed_scaling_factor differs between implementations.
+        _require(hf, "norm_topk_prob", (False, None))
+        _require(hf, "rope_interleave", (True, None))
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    eos = hf.get("eos_token_id")
+    return ModelConfig(
+        vocab=hf["vocab_size"],
+        width=hf["hidden_size"],
+        layers=hf["num_hidden_layers"],
+        heads=hf["num_attention_heads"],
+        q_lora_rank=hf.get("q_lora_rank"),
+        kv_lora_rank=hf["kv_lora_rank"],
+        nope_dim=hf["qk_nope_head_dim"],
+        rope_dim=hf["qk_rope_head_dim"],
+        value_dim=hf["v_head_dim"],
+        mlp_width=hf["intermediate_size"],
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(hf.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        rope_interleave=hf.get("rope_interleave") is not False,
+        yarn=_yarn(rope),
+        tied=bool(hf.get("tie_word_embeddings")),
+        bos=hf.get("bos_token_id"),
+        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        fp8_block=_fp8_block(hf.get("quantization_config")),
+        extra_layers=hf.get("num_nextn_predict_layers") or 0,
+        **_experts(hf),
+    )
+
+
+def _experts(hf):
+    experts = hf.get("n_routed_experts") or 0
+    if not experts:
+        return {}
+    groups = hf.get("n_group") or 1
+    if hf["topk_method"] == "greedy":
+        groups = 1  # the key may be there, and means nothing
+    if experts % groups:
+        raise ValueError(
+            f"config.json: n_group {groups} does not divide n_routed_experts {experts}"
+        )
+    return {
+        "expert_width": hf["moe_intermediate_size"],
+        "experts": experts,
+        "experts_per_token": hf["num_experts_per_tok"],
+        "shared_experts": hf.get("n_shared_experts") or 0,
+        "dense_layers": hf.get("first_k_dense_replace") or 0,
+        "moe_layer_freq": hf.get("moe_layer_freq") or 1,
+        "topk_method": hf["topk_method"],
+        "groups": groups,
+        "groups_per_token": min(hf.get("topk_group") or 1, groups),
+        "normalize_routing": bool(hf["norm_topk_prob"]),
+        "routing_scale": float(hf.get("routed_scaling_factor") or 1.0),
+    }
+
+
+def _yarn(rope):
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _require({"rope_scaling type": kind}, "rope_scaling type", ("yarn", "default"))
+    _require(rope, "attention_factor", (None,))
+    _require(rope, "truncate", (None, True))
+    _require(rope, "partial_rotary_factor", (None, 1.0))
+    if kind == "default":
+        return None
+    return Yarn(
+        factor=float(rope["factor"]),
+        original_length=rope["original_max_position_embeddings"],
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        mscale=float(rope.get("mscale") or 1),
+        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+    )
+
+
+def _fp8_block(quantization):
+    if not quantization:
+        return None
+    _require(quantization, "quant_method", ("fp8",))
+    block = quantization.get("weight_block_size")
+    if not (isinstance(block, list | tuple) and len(block) == 2):
+        raise ValueError(f"config.json: weight_block_size must be two sizes, got {block!r}")
+    return tuple(block)
+
+
+def _require(hf, key, allowed):
+    """A key that is absent counts as allowed, but for model_type."""
+    value = hf.get(key, None if key == "model_type" else allowed[0])
+    if value not in allowed:
+        expected = " or ".join(repr(one) for one in allowed)
+        raise ValueError(f"config.json: {key} is {value!r}, supported is {expected}")
+
+
+def _preset(model_type, mscale, factor, **keys):
+    yarn = {
+        "type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": 4096,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+    }
+    head = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
+    return {"model_type": model_type, "rope_scaling": yarn, **head, "v_head_dim": 128, **keys}
+
+
+PRESETS = {
+    "deepseek-v2-lite": _preset(
+        "deepseek_v2", 0.707, 40, vocab_size=102400, hidden_size=2048, intermediate_size=10944,
+        moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16,
+        n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6, first_k_dense_replace=1,
+    ),
+    "deepseek-v2": _preset(
+        "deepseek_v2", 0.707, 40, vocab_size=102400, hidden_size=5120, intermediate_size=12288,
+        moe_intermediate_size=1536, num_hidden_layers=60, num_attention_heads=128,
+        q_lora_rank=1536, n_shared_experts=2, n_routed_experts=160, num_experts_per_tok=6,
+        first_k_dense_replace=1, topk_method="group_limited_greedy", n_group=8, topk_group=3,
+        routed_scaling_factor=16.0,
+    ),
+    "deepseek-v3": _preset(
+        "deepseek_v3", 1.0, 40, vocab_size=129280, hidden_size=7168, intermediate_size=18432,
+        moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128,
+        q_lora_rank=1536, n_shared_experts=1, n_routed_experts=256, num_experts_per_tok=8,
+        first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+    ),
+    "kimi-k2": _preset(
+        "kimi_k2", 1.0, 32, vocab_size=163840, hidden_size=7168, intermediate_size=18432,
+        moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=64,
+        q_lora_rank=1536, n_shared_experts=1, n_routed_experts=384, num_experts_per_tok=8,
+        first_k_dense_replace=1, n_group=1, topk_group=1, routed_scaling_factor=2.827,
+        rope_theta=50000.0,
+    ),
+}  # fmt: skip

@@ -1,0 +1,171 @@
+"""Prompts into the cache chunk by chunk, then a jitted loop of steps, for ragged batches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from .model import forward, init_cache
+from .parallel import Layout
+from .sampling import greedy, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where the sequences of a batch stand. Donated whole by each call."""
+
+    cache: jax.Array
+    block_table: jax.Array  # [b, max_blocks] i32
+    lengths: jax.Array  # [b] i32: tokens in the cache
+    token: jax.Array  # [b] i32: the newest token, not yet in the cache
+    done: jax.Array  # [b] bool: nothing follows that token
+    key: jax.Array  # of jax.random
+
+
+def allocate(lengths, page_block_size, groups=1):
+    """Pages for sequences that grow to `lengths` tokens: (block_table, pages_per_layer).
+
+    With `groups` each run of sequences has a pool of its own, counted from 0, all of one size.
+    """
+    pages = -(-np.asarray(lengths) // page_block_size)
+    by_group = pages.reshape(groups, -1)
+    first = (np.cumsum(by_group, axis=1) - by_group).reshape(-1, 1)
+    column = np.arange(max(1, pages.max()))
+    table = np.where(column < pages[:, None], first + column, -1).astype(np.int32)
+    return table, max(1, int(by_group.sum(axis=1).max()))
+
+
+class Decoder:
+    """A model and how it is run: what stays the same from one batch to the next.
+
+    Programs are compiled once for each batch size, table width and number of pages.
+
+    Args:
+      params: from weights.py, placed by `layout`.
+      config: a ModelConfig.
+      layout: the devices.
+      temperature, top_p: how tokens are drawn; temperature 0 takes the likeliest one.
+      chunk: tokens of each prompt that one call reads.
+    """
+
+    def __init__(
+        self, params, config, *, layout=None, temperature=0.0, top_p=1.0, chunk=128,
+        implementation="auto", eos=None,
+    ):  # fmt: skip
+        self.params, self.config, self.chunk = params, config, chunk
+        self.layout = layout = layout or Layout()
+        self.eos = config.eos if eos is None else tuple(eos)
+        self.temperature, self.top_p = temperature, top_p
+        self.forward = functools.partial(
+            forward,
+            config=config,
+            tensor_axis=layout.tensor_axis,
+            implementation=implementation,
+        )
+        rows, whole = layout.by_sequence, PartitionSpec()
+        state = State(rows, rows, rows, rows, rows, whole)
+        params_specs = layout.params(config)
+        self._read = layout.jit(
+            self._read_chunk, (params_specs, state, rows, rows), state, donate_argnums=1
+        )
+        self._steps = {}
+        self._decode_specs = (params_specs, state), (rows, state)
+
+    def start(self, batch, lengths, *, page_block_size=64, dtype=None, seed=0):
+        """An empty state for sequences that will grow to `lengths` [batch] tokens at most."""
+        self.layout.check(self.config, batch)
+        groups, rows = self.layout.groups, self.layout.by_sequence
+        table, pages = allocate(lengths, page_block_size, groups)
+        dtype = dtype or self.params["embedding"].dtype
+
+        def make():
+            # One pool a device: each has the pages of all layers of its sequences.
+            one = init_cache(self.config, pages, page_block_size, dtype)
+            return jnp.tile(one, (groups, 1, 1, 1))
+
+        sharding = None if self.layout.mesh is None else jax.sharding.NamedSharding(
+            self.layout.mesh, rows
+        )  # fmt: skip
+        zeros = np.zeros(batch, np.int32)
+        put = self.layout.put
+        return State(
+            jax.jit(make, out_shardings=sharding)(),
+            *(put(jnp.asarray(x), rows) for x in (table, zeros, zeros, np.zeros(batch, bool))),
+            put(jax.random.key(seed), PartitionSpec()),
+        )
+
+    def prefill(self, state, prompts):
+        """Reads the prompts, lists of tokens, none empty, into an empty state.
+
+        They are padded on the left to a multiple of the chunk, so that all end together; then
+        state.token is the first token of each answer.
+        """
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        if not lengths.all():
+            raise ValueError(f"prompt {int(np.argmin(lengths))} is empty: it needs a token")
+        width = -(-int(lengths.max()) // self.chunk) * self.chunk
+        padded = np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32)
+        rows = self.layout.by_sequence
+        for end in range(self.chunk, width + 1, self.chunk):
+            tokens = self.layout.put(padded[:, end - self.chunk : end], rows)
+            read = self.layout.put(np.maximum(lengths - (width - end), 0), rows)
+            state = self._read(self.params, state, tokens, read)
+        return state
+
+    def decode(self, state, steps):
+        """Up to `steps` further tokens: (i32 [b, steps], the state after them).
+
+        Begins with state.token; -1 follows a sequence's end.
+        """
+        if steps not in self._steps:
+            run = functools.partial(self._run_steps, steps=steps)
+            self._steps[steps] = self.layout.jit(run, *self._decode_specs, donate_argnums=1)
+        return self._steps[steps](self.params, state)
+
+    # -------------------- Inside jit, on one device's arrays
+
+    def _choose(self, logits, key):
+        if self.temperature == 0:
+            return greedy(logits)
+        return sample(logits, self.layout.device_key(key), self.temperature, self.top_p)
+
+    def _read_chunk(self, params, state, tokens, lengths):
+        new = lengths - state.lengths
+        logits, cache = self.forward(
+            params, cache=state.cache, tokens=tokens, block_table=state.block_table,
+            cache_seqlens=lengths, num_new=new,
+        )  # fmt: skip
+        key, now = jax.random.split(state.key)
+        token = self._choose(logits, now)
+        return dataclasses.replace(state, cache=cache, lengths=lengths, token=token, key=key)
+
+    def _step(self, params, state):
+        live = ~state.done
+        lengths = state.lengths + live
+        logits, cache = self.forward(
+            params, cache=state.cache, tokens=state.token[:, None], block_table=state.block_table,
+            cache_seqlens=jnp.where(live, lengths, 0), num_new=live.astype(jnp.int32),
+        )  # fmt: skip
+        key, now = jax.random.split(state.key)
+        token = self._choose(logits, now)
+        return dataclasses.replace(state, cache=cache, lengths=lengths, token=token, key=key)
+
+    def _run_steps(self, params, state, *, steps):
+        def body(carry):
+            i, tokens, state = carry
+            tokens = tokens.at[:, i].set(jnp.where(state.done, -1, state.token))
+            ended = jnp.isin(state.token, jnp.array(self.eos or (-1,), jnp.int32))
+            state = dataclasses.replace(state, done=state.done | ended)
+            return i + 1, tokens, self._step(params, state)
+
+        def unfinished(carry):
+            return (carry[0] < steps) & ~jnp.all(carry[2].done)
+
+        tokens = jnp.full_like(state.token, -1, shape=(*state.token.shape, steps))
+        first = jnp.zeros_like(state.token[0])  # one device's own count
+        _, tokens, state = jax.lax.while_loop(unfinished, body, (first, tokens, state))
+        return tokens, state

@@ -1,0 +1,257 @@
+"""One forward pass of a DeepSeek-family model over a paged latent cache.
+
+Prefill and decode are the same function: `forward` appends some new tokens of each sequence and
+returns logits. Matrices are as weights.py lays them out, [outputs, inputs]. A product takes its
+operands in the weights' dtype and sums in float32; everything between products is float32.
+
+Shape letters: b sequences, n new tokens of each, m model width, h heads, c latent width
+(kv_lora_rank), e query/key width of a head, v value width of a head, r q_lora_rank, t tokens of all
+sequences, x experts, f width of an MLP.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_flashmla import (
+    append_kv_cache,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    get_slot_mapping,
+)
+
+from .rope import rotate, rotation
+
+LATENT_NORM_EPS = 1e-6  # of the norms inside attention; config.norm_eps is for the others
+DENSE_TOKENS = 512  # most tokens that go through all experts at a time: bounds temporary memory
+
+
+def init_cache(config, pages_per_layer, page_block_size=64, dtype=jnp.bfloat16):
+    """The pages of all layers in one buffer: layer l has the run of pages_per_layer from l on.
+
+    Any contents would do: unused slots are never read.
+    """
+    pages = config.layers * pages_per_layer
+    return jnp.zeros((pages, page_block_size, 1, config.entry_dim), dtype)
+
+
+def forward(
+    params,
+    config,
+    cache,
+    tokens,
+    block_table,
+    cache_seqlens,
+    num_new,
+    *,
+    all_logits=False,
+    tensor_axis=None,
+    implementation="auto",
+):
+    """Appends each sequence's new tokens to the cache and returns logits.
+
+    Column j of sequence i stands at position cache_seqlens[i] - n + j. The new tokens are the last
+    num_new[i] columns; what stands before them is padding: it is not written, and its results mean
+    nothing. Keep the cache by donation: it is changed in place.
+
+    Args:
+      params: from weights.py.
+      config: a ModelConfig; static.
+      cache: [layers * pages_per_layer, page_block_size, 1, entry_dim], from `init_cache`.
+      tokens: i32 [b, n].
+      block_table: i32 [b, max_blocks], pages within a layer, -1 where there is none.
+      cache_seqlens: i32 [b], tokens with the new ones; 0 for a slot without a sequence.
+      num_new: i32 [b], 0 to n.
+      all_logits: static; logits of all columns, not of the last alone.
+      tensor_axis: static; the mesh axis over which heads and MLP widths are split (parallel.py).
+      implementation: static; of the ops.
+
+    Returns:
+      logits: f32 [b, vocab], or [b, n, vocab].
+      cache.
+    """
+    n = tokens.shape[1]
+    column = jnp.arange(n, dtype=jnp.int32)
+    positions = cache_seqlens[:, None] - n + column
+    is_new = column >= n - num_new[:, None]
+
+    # Once a step for all layers: it follows from the lengths alone. A cache entry serves n * h
+    # query rows.
+    heads = params["layers"][0]["key_up"].shape[0]  # of this device
+    step = {
+        "block_table": block_table,
+        "lengths": cache_seqlens,
+        "schedule": get_mla_metadata(cache_seqlens, n * heads, 1, implementation=implementation),
+        "slots": get_slot_mapping(block_table, jnp.where(is_new, positions, -1), cache.shape[1]),
+        "rotation": rotation(config, jnp.maximum(positions, 0)[:, :, None]),
+        "implementation": implementation,
+    }
+
+    def over_devices(x):
+        return x if tensor_axis is None else jax.lax.psum(x, tensor_axis)
+
+    # Unrolled: a scan would slice each layer out of stacked weights, and so copy them (all experts
+    # of a V2-Lite layer are 1.1 GB); XLA makes one CUDA graph of unrolled layers, too.
+    x = params["embedding"][tokens].astype(jnp.float32)
+    for layer, w in enumerate(params["layers"]):
+        y = rms_norm(x, w["attention_norm"], config.norm_eps)
+        attended, cache = attention(w, config, y, cache, layer, step)
+        x = x + over_devices(attended)
+        y = rms_norm(x, w["mlp_norm"], config.norm_eps)
+        update = experts(w, config, y) if "router" in w else mlp(w["gate_up"], w["down"], y)
+        x = x + over_devices(update)
+
+    x = rms_norm(x if all_logits else x[:, -1], params["final_norm"], config.norm_eps)
+    return product("...m,km->...k", x, params.get("head", params["embedding"])), cache
+
+
+def product(equation, x, w):
+    """x, rounded to w's dtype, times w; float32 out."""
+    precision = "highest" if w.dtype == jnp.float32 else None  # no TF32
+    return jnp.einsum(
+        equation, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision
+    )
+
+
+def rms_norm(x, gain, eps):
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + eps) * gain.astype(jnp.float32)
+
+
+# -------------------- Attention
+
+
+def attention(w, config, x, cache, layer, step):
+    """Multi-head latent attention of one layer: x [b, n, m] -> ([b, n, m], the cache)."""
+    c, (cosine, sine) = config.kv_lora_rank, step["rotation"]
+
+    # The cache entries of the new tokens, [b, n, c + rope]: latent and rotary key.
+    down = product("bnm,km->bnk", x, w["kv_down"])
+    latent = rms_norm(down[..., :c], w["kv_norm"], LATENT_NORM_EPS)
+    k_rope = rotate(down[..., c:], (cosine[:, :, 0], sine[:, :, 0]), config.rope_interleave)
+    entries = jnp.concatenate([latent, k_rope], axis=-1).astype(cache.dtype)
+
+    # Write, then read: a token attends to itself too. -1, a missing page or a slot that writes
+    # nothing, must stay -1: plus a layer's first page it would be a page of another layer.
+    first_page = layer * (cache.shape[0] // config.layers)
+    table, slots = (
+        jnp.where(ids < 0, -1, ids + first)
+        for ids, first in (
+            (step["block_table"], first_page),
+            (step["slots"], first_page * cache.shape[1]),
+        )
+    )
+    cache = append_kv_cache(
+        cache,
+        entries.reshape(-1, entries.shape[-1]),
+        slots.reshape(-1),
+        implementation=step["implementation"],
+    )
+    attended, _ = flash_mla_with_kvcache(
+        queries(w, config, x, step["rotation"]).astype(cache.dtype),
+        cache,
+        table,
+        step["lengths"],
+        c,
+        *step["schedule"],
+        softmax_scale=config.softmax_scale,
+        causal=True,
+        implementation=step["implementation"],
+    )
+
+    # Out of the latent space, then the usual output projection.
+    values = product("bnhc,hvc->bnhv", attended, w["value_up"])
+    return product("bnhv,mhv->bnm", values, w["out"]), cache
+
+
+def queries(w, config, x, rotation):
+    """Queries in the latent space, [b, n, h, c + rope].
+
+    Absorption: a key is key_up @ latent, and q . (key_up @ latent) is (q @ key_up) . latent. So all
+    heads share one key, the cache entry itself, and one value, its first c columns.
+    """
+    if "query_down" in w:
+        x = product("bnm,rm->bnr", x, w["query_down"])
+        x = rms_norm(x, w["query_norm"], LATENT_NORM_EPS)
+    q = product("bnm,hem->bnhe", x, w["query"])
+    q_latent = product("bnhe,hec->bnhc", q[..., : config.nope_dim], w["key_up"])
+    q_rope = rotate(q[..., config.nope_dim :], rotation, config.rope_interleave)
+    return jnp.concatenate([q_latent, q_rope], axis=-1)
+
+
+# -------------------- MLPs
+
+
+def mlp(gate_up, down, x):
+    """x [..., m] -> [..., m]; gate_up [2, f, m], down [m, f]."""
+    gate, up = jnp.moveaxis(product("...m,gfm->...gf", x, gate_up), -2, 0)
+    return product("...f,mf->...m", jax.nn.silu(gate) * up, down)
+
+
+def experts(w, config, x):
+    """Each token through its experts, and through those shared by all tokens: x [b, n, m]."""
+    tokens = x.reshape(-1, x.shape[-1])
+    weights, chosen = route(w, config, tokens)
+
+    # Few tokens: a copy of each one's experts (read, written, read) is less than reading all
+    # experts once. Many: every expert is needed anyway, and all of them for all tokens is two plain
+    # matrix products, bound by reading the weights up to some 128 tokens. jax.lax.ragged_dot would
+    # be the way to skip what a token does not need, but becomes just these products on CPU and GPU,
+    # with experts_per_token times the rows.
+    if 3 * chosen.size <= config.experts:
+        routed = few_tokens(w, tokens, weights, chosen)
+    else:
+        row = jnp.arange(tokens.shape[0])[:, None]
+        spread = jnp.zeros((tokens.shape[0], config.experts)).at[row, chosen].set(weights)
+        routed = jax.lax.map(
+            lambda one: all_experts(w, *one), (tokens, spread), batch_size=DENSE_TOKENS
+        )
+    routed = routed.reshape(x.shape)
+    if config.shared_experts:
+        routed = routed + mlp(w["shared_gate_up"], w["shared_down"], x)
+    return routed
+
+
+def few_tokens(w, x, weights, chosen):
+    """x [t, m] through its experts chosen [t, k] -> [t, m]; copies k experts a token."""
+    gate, up = jnp.moveaxis(product("tm,tkgfm->tkgf", x, w["experts_gate_up"][chosen]), 2, 0)
+    hidden = jax.nn.silu(gate) * up * weights[..., None]
+    return product("tkf,tkfm->tm", hidden, w["experts_down"][chosen])
+
+
+def all_experts(w, x, weights):
+    """One token x [m] through all experts, weights [x] of which most are 0 -> [m]."""
+    gate, up = jnp.moveaxis(product("m,xgfm->xgf", x, w["experts_gate_up"]), 1, 0)
+    hidden = jax.nn.silu(gate) * up * weights[:, None]
+    return product("xf,xfm->m", hidden, w["experts_down"])
+
+
+def route(w, config, x):
+    """The experts of each token x [t, m]: (their weights f32 [t, k], their numbers i32 [t, k])."""
+    logits = product("tm,xm->tx", x, w["router"])  # the router is float32
+    if config.topk_method == "noaux_tc":
+        scores = jax.nn.sigmoid(logits)
+        by_group = scores + w["router_bias"]  # what balances the load moves the choice alone
+        best = 2  # experts that stand for their group
+    else:
+        scores = by_group = jax.nn.softmax(logits, axis=-1)
+        best = 1
+    if config.groups > 1:
+        by_group = within_best_groups(by_group, config, best)
+    _, chosen = jax.lax.top_k(by_group, config.experts_per_token)
+    weights = jnp.take_along_axis(scores, chosen, axis=1)
+    if config.normalize_routing:
+        weights = weights / (jnp.sum(weights, axis=1, keepdims=True) + 1e-20)
+    return weights * config.routing_scale, chosen
+
+
+def within_best_groups(scores, config, best):
+    """scores [t, x], -inf outside each token's best groups.
+
+    A group is worth the sum of its `best` highest scores.
+    """
+    grouped = scores.reshape(scores.shape[0], config.groups, -1)
+    best = min(best, grouped.shape[2])
+    worth = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)
+    _, kept = jax.lax.top_k(worth, config.groups_per_token)
+    is_kept = jnp.any(jnp.arange(config.groups) == kept[..., None], axis=1)
+    return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)

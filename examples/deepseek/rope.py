@@ -1,0 +1,48 @@
+"""Rotary positions (https://arxiv.org/abs/2104.09864), stretched by YaRN (2309.00071)."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def frequencies(config):
+    """Radians a position for each pair of columns: numpy f32 [rope_dim / 2].
+
+    YaRN leaves the columns alone that turn more than beta_fast times over the trained length,
+    slows those down by its factor that turn less than beta_slow times, and goes linearly from one
+    to the other between them.
+    """
+    dim, theta, yarn = config.rope_dim, config.rope_theta, config.yarn
+    plain = theta ** (-np.arange(0, dim, 2) / dim)
+    if yarn is None:
+        return plain.astype(np.float32)
+
+    def pair_that_turns(times):
+        return dim * math.log(yarn.original_length / (times * 2 * math.pi)) / 2 / math.log(theta)
+
+    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
+    slowed = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return (plain * (1 - slowed) + plain / yarn.factor * slowed).astype(np.float32)
+
+
+def rotation(config, positions):
+    """(cosine, sine) for i32 positions [...], each f32 [..., rope_dim / 2]."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies(config)
+    size = 1.0
+    if (yarn := config.yarn) is not None:
+        size = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim)
+    return jnp.cos(angle) * size, jnp.sin(angle) * size
+
+
+def rotate(x, rotation, interleave):
+    """Rotates the pairs of columns of x [..., rope_dim].
+
+    A pair is two neighbouring columns (`interleave`) or the same column of both halves. The result
+    has the first of all pairs, then the second: the order does not matter to the product of a
+    query with a key, as long as it is the same for both.
+    """
+    cosine, sine = rotation
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleave else jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
