@@ -27,6 +27,7 @@ from examples.deepseek.model import forward, init_cache
 from examples.deepseek.weights import load_weights
 
 torch.set_num_threads(1)  # jax has threads of its own
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PAGE, CHUNK, STEPS = 16, 32, 64
 # Around the ends of pages and chunks; with the steps, past the 64 tokens before YaRN.
@@ -139,7 +140,6 @@ def make_prompts(vocab, lengths=PROMPT_LENGTHS, seed=0):
     jax.jit,
     static_argnames="config",
     donate_argnames="cache",
-    compiler_options={"xla_backend_optimization_level": 0},  # compiles in less than half the time
 )
 def step(params, config, cache, tokens, table, lengths, new):
     return forward(params, config, cache, tokens, table, lengths, new, all_logits=True)

@@ -86,11 +86,15 @@ class ModelConfig:
         return _from_hf(source)
 
     @classmethod
-    def named(cls, name):
-        """One of PRESETS: the dimensions of a released model, for random weights."""
+    def named(cls, name, layers=None):
+        """One of PRESETS: the dimensions of a released model, for random weights.
+
+        layers: how many of its layers, if not all.
+        """
         if name not in PRESETS:
             raise ValueError(f"the model must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls.from_hf(PRESETS[name])
+        config = cls.from_hf(PRESETS[name])
+        return config if layers is None else dataclasses.replace(config, layers=layers)
 
 
 # What each kind of model means where its config.json is silent.

@@ -1,0 +1,176 @@
+"""Generates text with a model of the DeepSeek family.
+
+    python -m examples.deepseek.generate --model FOLDER --prompt "Why is the sky blue?"
+    python -m examples.deepseek.generate --random-weights deepseek-v2-lite --batch 32
+
+FOLDER is one from Hugging Face: config.json, tokenizer.json, *.safetensors. With random weights
+there is no tokenizer: prompts are random tokens, and what is printed are tokens. The answer to the
+first prompt is printed as it comes; the others, with several prompts, at the end.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .config import PRESETS, ModelConfig
+from .decoding import Decoder
+from .parallel import Layout
+from .weights import load_weights, random_weights
+
+BURST = 8  # tokens between two looks at what has been generated
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.deepseek.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="FOLDER", type=Path)
+    model.add_argument("--random-weights", metavar="NAME", help=", ".join(PRESETS))
+    add("--layers", type=int, help="of a model with random weights, if not all")
+    add("--prompt", action="append", help="may be given several times")
+    add("--prompt-tokens", type=int, default=64, help="length of random prompts (default 64)")
+    add("--batch", type=int, help="sequences; the prompts are repeated")
+    add("--max-tokens", type=int, default=128, help="of each answer (default 128)")
+    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--parallel", choices=("dp", "tp"), help="over all devices: sequences, or heads")
+    add("--chunk", type=int, default=128, help="tokens of a prompt read at a time (default 128)")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
+    add("--implementation", choices=("auto", "cuda", "xla"), default="auto")
+    args = parser.parse_args(argv)
+    if args.model and not args.prompt:
+        parser.error("--model needs a --prompt")
+    if args.random_weights and args.prompt:
+        parser.error("--random-weights has no tokenizer for --prompt")
+    # XLA's CPU backend lacks some of the bfloat16 products.
+    args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return args
+
+
+class Text:
+    """A folder's tokenizer."""
+
+    def __init__(self, folder, config):
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise SystemExit(f"there is no {path}; the tokenizers library needs that form")
+        self._tokenizer, self._bos = Tokenizer.from_file(str(path)), config.bos
+
+    def encode(self, text):
+        tokens = self._tokenizer.encode(text).ids
+        begun = self._bos is None or tokens[:1] == [self._bos]
+        return tokens if begun else [self._bos, *tokens]
+
+    def decode(self, tokens):
+        return self._tokenizer.decode(tokens)
+
+
+class Numbers:
+    """What stands for a tokenizer where there is none."""
+
+    def decode(self, tokens):
+        return "".join(f"{token} " for token in tokens)
+
+
+def load(args):
+    """(decoder, tokenizer, prompts) as the arguments say."""
+    layout = Layout.over(args.parallel)
+    dtype = jnp.dtype(args.dtype)
+    if args.model:
+        config = ModelConfig.from_hf(args.model)
+        text = Text(args.model, config)
+        prompts = [text.encode(prompt) for prompt in args.prompt]
+    else:
+        config = ModelConfig.named(args.random_weights, layers=args.layers)
+        text = Numbers()
+        rng = np.random.default_rng(args.seed)
+        prompts = rng.integers(0, config.vocab, (args.batch or 1, args.prompt_tokens)).tolist()
+    batch = args.batch or len(prompts)
+    prompts = [prompts[i % len(prompts)] for i in range(batch)]
+    layout.check(config, batch)  # before the weights, which take a while
+    if args.model:
+        params = load_weights(args.model, config, dtype, layout.place)
+    else:
+        params = random_weights(config, jax.random.key(args.seed), dtype, layout.place)
+    decoder = Decoder(
+        params,
+        config,
+        layout=layout,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        chunk=args.chunk,
+        implementation=args.implementation,
+    )
+    return decoder, text, prompts
+
+
+def generate(decoder, prompts, max_tokens, *, seed=0, show=lambda answers: True):
+    """Answers to the prompts, lists of tokens, and (seconds to read, seconds to answer).
+
+    show: called with all answers so far, whenever there is more of them; False ends it.
+    """
+    longest = [len(prompt) + max_tokens + BURST for prompt in prompts]
+    state = decoder.start(len(prompts), longest, seed=seed)
+    began = time.perf_counter()
+    state = jax.block_until_ready(decoder.prefill(state, prompts))
+    read = time.perf_counter()
+    answers = [[] for _ in prompts]
+    for start in range(0, max_tokens, BURST):
+        tokens, state = decoder.decode(state, BURST)
+        for answer, row in zip(answers, np.asarray(tokens)[:, : max_tokens - start], strict=True):
+            answer.extend(int(token) for token in row if token >= 0)
+        if not show(answers) or np.all(state.done):
+            break
+    return answers, (read - began, time.perf_counter() - read)
+
+
+def streamer(text):
+    """Prints what is new of the first answer, in whole characters."""
+    printed = ""
+
+    def show(answers):
+        nonlocal printed
+        now = text.decode(answers[0])
+        if not now.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character
+            print(now[len(printed) :], end="", flush=True)
+            printed = now
+        return True
+
+    return show
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    decoder, text, prompts = load(args)
+    # A first burst that is not shown: it compiles, and loads kernels and libraries.
+    generate(decoder, prompts, args.max_tokens, show=lambda answers: False)
+    answers, (reading, answering) = generate(
+        decoder, prompts, args.max_tokens, seed=args.seed, show=streamer(text)
+    )
+    print()
+    for prompt, answer in list(zip(args.prompt or [], answers, strict=False))[1:]:
+        print(f"\n--- {prompt}\n{text.decode(answer)}")
+    count, steps = sum(map(len, answers)), max(map(len, answers))
+    print(
+        f"\n{len(prompts)} sequences on {decoder.layout.size} x {jax.devices()[0].device_kind}: "
+        f"read {sum(map(len, prompts)) / reading:.0f} tokens/s, "
+        f"generated {count / answering:.1f} tokens/s, {answering / steps * 1e3:.2f} ms a step",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

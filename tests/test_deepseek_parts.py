@@ -1,0 +1,381 @@
+"""examples/deepseek without another implementation beside it: its parts, devices, an H200."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from lowering import PASSED_ON, operations_on
+
+from examples.deepseek import model as model_module
+from examples.deepseek.config import PRESETS, ModelConfig
+from examples.deepseek.decoding import Decoder, allocate
+from examples.deepseek.model import experts, forward, init_cache
+from examples.deepseek.parallel import Layout
+from examples.deepseek.sampling import greedy, sample
+from examples.deepseek.weights import Leaf, leaves, random_weights
+
+TINY = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.5,
+}
+# The smallest model that has the kernel's dimensions.
+KERNEL_SIZED = TINY | {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+}
+
+
+quick = pytest.mark.usefixtures("quick_compile")
+
+
+# -------------------- Configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"topk_method": "sinkhorn"}, "topk_method is 'sinkhorn'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),  # beside noaux_tc
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ({"n_group": 3}, "n_group 3 does not divide n_routed_experts 8"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling type is 'linear'"),
+        ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "attention_factor is 1.5"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size .* None"),
+        # What it means beside routed_scaling_factor differs between implementations.
+        ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob is True"),
+    ],
+)
+def test_unsupported_values_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(TINY | changes)
+
+
+def test_layers_with_experts():
+    config = ModelConfig.from_hf(TINY | {"num_hidden_layers": 7, "moe_layer_freq": 2})
+    assert [config.has_experts(layer) for layer in range(7)] == [0, 0, 1, 0, 1, 0, 1]
+    assert ["router" in layer for layer in leaves(config)["layers"]] == [0, 0, 1, 0, 1, 0, 1]
+
+
+# As published: https://arxiv.org/abs/2405.04434, 2412.19437, 2507.20534.
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("deepseek-v2-lite", 15.7), ("deepseek-v2", 236), ("deepseek-v3", 671), ("kimi-k2", 1026)],
+)
+def test_named_models(name, billions):
+    config = ModelConfig.named(name)
+    assert hash(config) == hash(ModelConfig.named(name))
+    tree = jax.tree.leaves(leaves(config), is_leaf=lambda x: isinstance(x, Leaf))
+    assert sum(math.prod(leaf.shape) for leaf in tree) / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert (config.entry_dim, config.kv_lora_rank) == (576, 512)  # the kernel's
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=rf"{next(iter(PRESETS))}.*'gpt'"):
+        ModelConfig.named("gpt")
+
+
+def test_softmax_scale():
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+            "mscale_all_dim": 0.707}  # fmt: skip
+    config = ModelConfig.from_hf(TINY | {"rope_scaling": yarn})
+    assert config.softmax_scale == pytest.approx((1 + 0.0707 * math.log(40)) ** 2 / math.sqrt(24))
+
+
+# -------------------- Experts
+
+
+def expert_by_expert(w, config, x):
+    """The experts' part of a layer in float64, token by token; x [t, m]."""
+    w = {name: np.asarray(array, np.float64) for name, array in w.items()}
+    out = np.zeros_like(x)
+
+    def mlp(gate, up, x):
+        gate, up = gate @ x, up @ x
+        return gate / (1 + np.exp(-gate)) * up
+
+    for t, token in enumerate(np.asarray(x, np.float64)):
+        scores = 1 / (1 + np.exp(-w["router"] @ token))
+        biased = (scores + w["router_bias"]).reshape(config.groups, -1)
+        worth = np.sort(biased, axis=1)[:, -2:].sum(axis=1)
+        biased[np.argsort(worth)[: -config.groups_per_token]] = -np.inf
+        chosen = np.argsort(biased.ravel())[-config.experts_per_token :]
+        shares = scores[chosen] / scores[chosen].sum() * config.routing_scale
+        for i, share in zip(chosen, shares, strict=True):
+            out[t] += share * (mlp(*w["experts_gate_up"][i], token) @ w["experts_down"][i])
+        out[t] += w["shared_down"] @ mlp(*w["shared_gate_up"], token)
+    return out
+
+
+# Few enough tokens to copy their experts, all at once, and in several goes of which the last is
+# smaller.
+@quick
+@pytest.mark.parametrize("tokens", [1, 3, 20, 75])
+def test_experts(tokens, monkeypatch):
+    monkeypatch.setattr(model_module, "DENSE_TOKENS", 32)
+    config = ModelConfig.from_hf(TINY | {"n_routed_experts": 24, "n_group": 4, "topk_group": 2})
+    few = []
+    copying = model_module.few_tokens
+    monkeypatch.setattr(model_module, "few_tokens", lambda *a: (few.append(a), copying(*a))[1])
+    w = random_weights(config, jax.random.key(0), jnp.float32)["layers"][1]
+    x = jax.random.normal(jax.random.key(1), (tokens, config.width))
+    out = jax.jit(lambda x: experts(w, config, x[None]))(x)[0]
+    assert bool(few) == (tokens <= 3)
+    np.testing.assert_allclose(out, expert_by_expert(w, config, x), rtol=1e-4, atol=1e-5)
+
+
+# -------------------- Sampling
+
+
+def test_greedy_and_cold_samples_are_the_likeliest():
+    logits = jax.random.normal(jax.random.key(0), (50, 300))
+    best = np.argmax(np.asarray(logits), axis=1)
+    np.testing.assert_array_equal(greedy(logits), best)
+    key = jax.random.key(1)
+    for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (1e-4, 1.0)):
+        np.testing.assert_array_equal(sample(logits, key, temperature, top_p), best)
+
+
+@quick
+def test_samples_follow_the_distribution():
+    count = 20000
+    likely = np.array([0.05, 0.4, 0.25, 0.2, 0.1])
+    temperature, top_p = np.full(count, 2.0), np.full(count, 1.0)
+    temperature[count // 2 :], top_p[count // 2 :] = 1.0, 0.7
+    logits = jnp.broadcast_to(jnp.log(likely), (count, 5))
+    tokens = np.asarray(jax.jit(sample)(logits, jax.random.key(0), temperature, top_p))
+    for half, expected in (
+        (tokens[: count // 2], np.sqrt(likely)),
+        # The likeliest that make 70% together: 0.4, 0.25 and 0.2.
+        (tokens[count // 2 :], np.where(likely >= 0.2, likely, 0)),
+    ):
+        found = np.bincount(half, minlength=5) / half.size
+        # Five standard deviations of a frequency.
+        limit = 5 * np.sqrt(0.25 / half.size) * (expected > 0)
+        assert (np.abs(found - expected / expected.sum()) <= limit).all()
+
+
+# -------------------- The loop
+
+
+def tiny(seed=0, **changes):
+    config = ModelConfig.from_hf(TINY | changes)
+    return config, random_weights(config, jax.random.key(seed), jnp.float32)
+
+
+def answers(decoder, prompts, steps, page=16, **options):
+    state = decoder.start(
+        len(prompts), [len(p) + steps for p in prompts], page_block_size=page, **options
+    )
+    state = decoder.prefill(state, prompts)
+    return np.asarray(decoder.decode(state, steps)[0])
+
+
+PROMPTS = [[1, 2, 3], list(range(40)), [5] * 17, [90]]
+
+
+def test_allocate():
+    table, pages = allocate([33, 0, 16, 1], 16)
+    assert table.tolist() == [[0, 1, 2], [-1] * 3, [3, -1, -1], [4, -1, -1]]
+    assert pages == 5
+    table, pages = allocate([33, 0, 16, 1], 16, groups=2)
+    assert table.tolist() == [[0, 1, 2], [-1] * 3, [0, -1, -1], [1, -1, -1]]
+    assert pages == 3
+
+
+@quick
+def test_cache_stays_where_it_is():
+    config, params = tiny()
+    decoder = Decoder(params, config, chunk=16)
+    state = decoder.start(2, [60, 60], page_block_size=16)
+    address = state.cache.unsafe_buffer_pointer()
+    state = decoder.prefill(state, PROMPTS[:2])
+    _, state = decoder.decode(state, 4)
+    assert state.cache.unsafe_buffer_pointer() == address
+
+
+@quick
+def test_an_empty_prompt_is_named():
+    config, params = tiny()
+    decoder = Decoder(params, config, chunk=16)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        decoder.prefill(decoder.start(2, [8, 8]), [[1], []])
+
+
+@quick
+def test_one_seed_one_answer():
+    config, params = tiny()
+    decoder = Decoder(params, config, chunk=16, temperature=1.0, top_p=0.95)
+    first, again, other = (answers(decoder, PROMPTS, 12, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+# -------------------- Several devices
+
+
+@functools.cache
+def answers_of_one_device():
+    config, params = tiny()
+    return answers(Decoder(params, config, chunk=16), PROMPTS, 20)
+
+
+@quick
+@pytest.mark.parametrize("kind", ["dp", "tp"])
+def test_devices_agree_with_one(kind):
+    layout = Layout.over(kind, jax.devices("cpu")[:2])
+    config = ModelConfig.from_hf(TINY)
+    params = random_weights(config, jax.random.key(0), jnp.float32, layout.place)
+    heads = params["layers"][0]["key_up"]
+    split = PartitionSpec("device") if kind == "tp" else PartitionSpec()
+    assert heads.sharding.spec == split
+    decoder = Decoder(params, config, layout=layout, chunk=16)
+    np.testing.assert_array_equal(answers(decoder, PROMPTS, 20), answers_of_one_device())
+
+
+@quick
+def test_devices_draw_different_numbers():
+    layout = Layout.over("dp", jax.devices("cpu")[:2])
+    config = ModelConfig.from_hf(TINY)
+    params = random_weights(config, jax.random.key(0), jnp.float32, layout.place)
+    decoder = Decoder(params, config, layout=layout, chunk=16, temperature=5.0)
+    first, second = answers(decoder, [[1, 2]] * 2, 12)
+    assert (first != second).sum() > 6
+
+
+def test_what_does_not_divide_is_named():
+    config, params = tiny()
+    devices = jax.devices("cpu")
+    with pytest.raises(ValueError, match="8 devices: heads is 4"):
+        Layout.over("tp", devices).check(config, 1)
+    with pytest.raises(ValueError, match="8 devices: batch is 3"):
+        Layout.over("dp", devices).check(config, 3)
+    with pytest.raises(ValueError, match="'pp'"):
+        Layout.over("pp")
+
+
+# -------------------- On an H200
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("n", [1, 128])
+def test_weights_and_cache_are_not_copied_on_an_h200(n, h200):
+    """Three layers of V2-Lite, in decode and in prefill."""
+    config, batch = ModelConfig.named("deepseek-v2-lite", layers=3), 32
+    dtype = jnp.bfloat16
+
+    def struct(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=h200)
+
+    params = jax.tree.map(
+        lambda leaf: struct(leaf.shape, leaf.dtype(dtype)),
+        leaves(config),
+        is_leaf=lambda x: isinstance(x, Leaf),
+    )
+    cache = struct((3 * 512, 64, 1, 576), dtype)
+    tokens, table, row = (struct(shape, jnp.int32) for shape in ((batch, n), (batch, 16), (batch,)))
+
+    def step(params, cache, *args):
+        return forward(params, config, cache, *args, implementation="cuda")
+
+    compiled = jax.jit(step, donate_argnums=1).lower(params, cache, tokens, table, row, row)
+    compiled = compiled.compile()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory.alias_size_in_bytes >= cache.size * 2
+    assert operations_on(cache.size, hlo) <= {*PASSED_ON, "custom-call"}
+    for name in ("experts_gate_up", "experts_down"):
+        assert operations_on(params["layers"][1][name].size, hlo) <= PASSED_ON
+    assert hlo.count('custom_call_target="jax_flashmla_tile_scheduler"') == 1
+
+
+# What rounding to bfloat16 makes of the logits, relative to their rms. A rounding's error is at
+# most 2^-8 of the value, evenly spread: 2^-8 / sqrt(3) rms. On the way to a block's output stand at
+# most 8 that are independent: the normed input, the low-rank query, the query, the query in the
+# latent space, the cache entry, the softmax's weights, what was attended to, the values. (An MLP
+# has 2.) The residual stream adds blocks of equal size up, so that its relative error is that of
+# one block; the head adds a rounding. One logit in 1e8 would exceed six standard deviations if the
+# errors were normal.
+SIGMA = 2**-8 / math.sqrt(3) * math.sqrt(8 + 1)
+BOUND = 6 * SIGMA
+
+
+def rounded_product(equation, x, w):
+    """`product` where XLA lacks bfloat16 products: the same operands, in float32."""
+    operands = (a.astype(jnp.float32) for a in (x.astype(w.dtype), w))
+    return jnp.einsum(equation, *operands, precision="highest")
+
+
+@quick
+def test_bfloat16(implementation, monkeypatch):
+    """Ragged prefill over page boundaries, then decode, against float32 in plain JAX."""
+    # All experts for each token: which ones are chosen is not continuous in the rounding.
+    config = dataclasses.replace(
+        ModelConfig.from_hf(KERNEL_SIZED), experts_per_token=8, groups=1, groups_per_token=1
+    )
+    params = random_weights(config, jax.random.key(0))
+    if jax.default_backend() == "cpu":
+        monkeypatch.setattr(model_module, "product", rounded_product)
+    lengths = np.array([70, 64, 1, 129], np.int32)
+    table, pages = allocate(lengths + 8, 64)
+    tokens = jax.random.randint(jax.random.key(1), (4, 144), 0, config.vocab)
+
+    def run(params, dtype, implementation):
+        step = jax.jit(
+            lambda *args: forward(params, config, *args, all_logits=True,
+                                  implementation=implementation),
+            donate_argnums=0,
+        )  # fmt: skip
+        cache, found = init_cache(config, pages, 64, dtype), []
+        for start, n in ((0, 136), *((136 + i, 1) for i in range(8))):
+            ends, new = (lengths, lengths) if n > 1 else (lengths + start - 135, lengths * 0 + 1)
+            args = (tokens[:, start : start + n], table, ends, new)
+            logits, cache = step(cache, *(jnp.asarray(x, jnp.int32) for x in args))
+            found += [logits[i, n - count :] for i, count in enumerate(new)]
+        return np.concatenate(found)
+
+    got = run(params, jnp.bfloat16, implementation)
+    with jax.default_matmul_precision("highest"):
+        want = run(jax.tree.map(lambda w: w.astype(jnp.float32), params), jnp.float32, "xla")
+    assert want.shape == (lengths.sum() + 32, config.vocab)
+    rms = np.sqrt(np.mean(want**2))
+    error = np.abs(got - want) / rms
+    assert np.sqrt(np.mean(error**2)) <= 2 * SIGMA
+    assert error.max() <= BOUND
+    ordered = np.sort(want, axis=1) / rms
+    clear = ordered[:, -1] - ordered[:, -2] > 2 * BOUND
+    assert clear.mean() > 0.5
+    np.testing.assert_array_equal(np.argmax(got, axis=1)[clear], np.argmax(want, axis=1)[clear])
