@@ -9,13 +9,18 @@ PYTHON := $(shell for python in $(pythons); do \
 endif
 gpu := $(wildcard /dev/nvidiactl)
 # jax finds a GPU only with CUDA's libraries; without them its plugin would complain.
-EXTRAS ?= test$(if $(gpu),$(comma)cuda13)
+cuda := $(if $(gpu),+cuda13)
+# The extras to install, joined by "+". test has PyTorch, which test-core has not.
+EXTRAS ?= test$(cuda)
 PYTEST_ARGS ?=
 
 comma := ,
 bin := $(VENV)/bin
 version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-installed := $(VENV)/installed-$(version)-$(subst $(comma),-,$(EXTRAS))
+stamp := $(VENV)/installed-$(version)-
+installed := $(stamp)$(EXTRAS)
+# For what works with either: all of it where it is installed already, else the smaller part.
+any := $(firstword $(wildcard $(installed)) $(stamp)test-core$(cuda))
 compiled := pyproject.toml CMakeLists.txt $(shell find cmake cuda -type f)
 cxx := $(filter %.cu %.cuh %.h %.cc,$(compiled)) $(wildcard tests/*.cu)
 
@@ -28,12 +33,14 @@ across := $(addprefix tests/test_,transforms.py sharding.py lowering.py decode.p
 
 .PHONY: demo test test-gpu sanitize lint format clean
 
-demo: $(installed)
+demo: $(any)
 	$(if $(gpu),,JAX_PLATFORMS=cpu) $(bin)/python examples/decode_loop.py
 
 # Linux's venv has what it takes to compile for an H200: there the tests that do must not be skipped.
+# Nor must those that compare with transformers.
 test: $(installed)
 	JAX_PLATFORMS=cpu JAX_FLASHMLA_REQUIRE_H200_COMPILER=$(if $(filter Linux,$(shell uname)),1) \
+	  JAX_FLASHMLA_REQUIRE_TRANSFORMERS=1 \
 	  $(bin)/pytest -n auto --maxprocesses 8 -m "not gpu" $(PYTEST_ARGS)
 
 # With another Python, from PATH or from pyenv: make test-on-3.13. Each gets the newest jax that
@@ -41,7 +48,8 @@ test: $(installed)
 test-on-%:
 	for python in python$* $(wildcard $(HOME)/.pyenv/versions/$*.*/bin/python); do \
 	  if $$python -c 'import ensurepip' 2> /dev/null; then \
-	    $(MAKE) test VENV=.venv-$* PYTHON=$$python PYTEST_ARGS="$(across) $(PYTEST_ARGS)"; exit; \
+	    $(MAKE) test VENV=.venv-$* PYTHON=$$python EXTRAS=test-core$(cuda) \
+	      PYTEST_ARGS="$(across) $(PYTEST_ARGS)"; exit; \
 	  fi; \
 	done; echo "there is no Python $* with venv" >&2; exit 1
 
@@ -56,12 +64,12 @@ sanitize: $(installed)
 	    $(bin)/python tests/sanitizer_sample.py || exit; \
 	done
 
-lint: $(installed)
+lint: $(any)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run -Werror $(cxx)
 
-format: $(installed)
+format: $(any)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cxx)
@@ -71,9 +79,9 @@ clean:
 
 # The install is editable: a change to Python code needs no other, a change to what is compiled
 # makes one. A venv of another Python is made anew.
-$(installed): $(compiled)
+$(stamp)%: $(compiled)
 	[ "$$($(bin)/python -V 2>&1)" = "$$($(PYTHON) -V)" ] || $(PYTHON) -m venv --clear $(VENV)
 	rm -f $(VENV)/installed-*
 	$(bin)/python -m pip install --verbose --disable-pip-version-check \
-	  --config-settings cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable '.[$(EXTRAS)]'
+	  --config-settings cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable '.[$(subst +,$(comma),$*)]'
 	touch $@

@@ -298,8 +298,40 @@ def growth_section(results, plot):
     )
 
 
-def page_text(results, file, plot, growth_plot):
-    """The whole of docs/performance.md."""
+def model_section(results):
+    """A whole model's step; nothing where none was measured."""
+    cells = [
+        [
+            f"{row['batch']} x {row['context']}", f"{row['cache_bytes'] / 1e9:.1f}",
+            *(
+                [
+                    number(row["cuda_ms"], 2), number(row["tokens_per_s"], 0),
+                    f"{row['attention_share']:.0%}", number(row["xla_ms"], 2),
+                    f"{row['xla_attention_share']:.0%}",
+                    number(row["xla_ms"] / row["cuda_ms"], 1),
+                    number(row["peak_bytes"] and row["peak_bytes"] / 1e9, 1),
+                ]
+                if "cuda_ms" in row
+                else ["does not fit", *[""] * 6]
+            ),
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    return section(
+        "In a whole model",
+        f"`python benchmarks/model.py` on {results['device']}, commit `{results['commit']}`: "
+        "examples/deepseek\nwith random weights of DeepSeek-V2-Lite's dimensions "
+        f"({results['weights_bytes'] / 1e9:.1f} GB in bfloat16), a greedy step of\nthe whole "
+        "model, beside the same model with attention in plain JAX. Share: how much of the step\n"
+        "goes when attention is left out. GB: the cache, and the most that was in use up to then.",
+        ["batch x context", "cache GB", "ms a step", "tokens/s", "share of attention",
+         "plain JAX: ms a step", "share", "times", "peak GB"],
+        cells,
+    )  # fmt: skip
+
+
+def page_text(results, file, plot, growth_plot, model=None):
+    """The whole of docs/performance.md; model: the results of model.py, if there are any."""
     rows = results["rows"]
     peer = next((row["peer"] for row in rows if row["peer"]), "absent")
     intro = INTRO.format(
@@ -324,6 +356,7 @@ def page_text(results, file, plot, growth_plot):
         fixed_section(results),
         growth_section(results, growth_plot),
         baseline_section(rows),
+        model_section(model) if model else "",
     ]
     parts = [part for part in parts if part]
     return "\n".join(parts).rstrip() + "\n"
@@ -348,7 +381,14 @@ def main(argv=None):
     if growth := results.get("growth", {"rows": []})["rows"]:
         plots.draw_growth(growth, growth_plot)
         written.append(growth_plot)
-    text = page_text(results, options.results.name, plot.name, growth_plot.name)
+    model = options.results.with_name(f"{options.results.stem}_model.json")
+    text = page_text(
+        results,
+        options.results.name,
+        plot.name,
+        growth_plot.name,
+        read_results(model) if model.exists() else None,
+    )
     written[0].write_text(text, encoding="utf-8")
     print("wrote", *written)
     return 0

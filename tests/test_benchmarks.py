@@ -525,6 +525,26 @@ def test_the_benchmark_of_two_devices_runs(tmp_path):
     assert [row["exchanged_bytes"] for row in rows] == [0, 0, exchanged]
 
 
+def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, report):
+    results = tmp_path / "cpu_model.json"
+    command = [sys.executable, BENCHMARKS / "model.py", "--smoke", "--out", results]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    data = json.loads(results.read_text())
+    assert [(row["batch"], row["context"]) for row in data["rows"]] == [
+        (1, 64), (1, 128), (2, 64), (2, 128),
+    ]  # fmt: skip
+    for row in data["rows"]:
+        assert row["cache_bytes"] == row["batch"] * row["context"] * 2 * 576 * 4
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["cuda_ms"] * 1e3, rel=1e-3)
+        without, share = row["without_ms"], row["xla_attention_share"]
+        assert share == pytest.approx(1 - without / row["xla_ms"], abs=1e-3)
+    row = data["rows"][3]
+    data["rows"].append({"batch": 2, "context": 256, "cache_bytes": 3e9})
+    text = report.model_section(data)
+    assert f"| 2 x 128 | 0.0 | {row['cuda_ms']:.2f} | {row['tokens_per_s']:.0f} |" in text
+    assert "| 2 x 256 | 3.0 | does not fit |" in text
+
+
 def test_the_readme_quotes_the_results():
     """Each cell of the README's table is `us (share of the floor, ratio)` of a measured row."""
     results = json.loads((BENCHMARKS / "results/h200.json").read_text())

@@ -6,12 +6,18 @@ pages, routing and rotary positions are theirs.
 
 import functools
 import json
+import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
+    for package in ("torch", "transformers", "tqdm", "tokenizers"):
+        pytest.importorskip(package)
+
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (

@@ -72,7 +72,7 @@ class Decoder:
         self._read = layout.jit(
             self._read_chunk, (params_specs, state, rows, rows), state, donate_argnums=1
         )
-        self._steps = {}
+        self._programs = {}
         self._decode_specs = (params_specs, state), (rows, state)
 
     def start(self, batch, lengths, *, page_block_size=64, dtype=None, seed=0):
@@ -121,10 +121,14 @@ class Decoder:
 
         Begins with state.token; -1 follows a sequence's end.
         """
-        if steps not in self._steps:
+        return self.program(steps)(self.params, state)
+
+    def program(self, steps):
+        """What `decode` runs: jitted (params, state) -> (tokens, state)."""
+        if steps not in self._programs:
             run = functools.partial(self._run_steps, steps=steps)
-            self._steps[steps] = self.layout.jit(run, *self._decode_specs, donate_argnums=1)
-        return self._steps[steps](self.params, state)
+            self._programs[steps] = self.layout.jit(run, *self._decode_specs, donate_argnums=1)
+        return self._programs[steps]
 
     # -------------------- Inside jit, on one device's arrays
 
