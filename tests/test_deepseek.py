@@ -7,6 +7,7 @@ pages, routing and rotary positions are theirs.
 import functools
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -20,6 +21,9 @@ if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -27,6 +31,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
 )
 
+from examples.deepseek import generate
 from examples.deepseek.config import ModelConfig
 from examples.deepseek.decoding import Decoder, allocate
 from examples.deepseek.model import forward, init_cache
@@ -204,6 +209,16 @@ def test_logits_and_greedy_tokens(model):
         assert sequence[len(prompt) :] == greedy.tolist()
 
 
+@pytest.mark.parametrize("model", ["kimi-k2"], indirect=True)
+def test_one_sequence(model):
+    """In its steps there is one token, whose experts are copied."""
+    theirs, folder = model
+    config, params = load(folder)
+    assert 3 * config.experts_per_token <= config.experts
+    (sequence,), (logits,) = our_logits(params, config, [[11]], 20)
+    np.testing.assert_allclose(logits, their_logits(theirs, sequence), rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("model", ["v2-lite", "kimi-k2"], indirect=True)
 def test_decoder(model):
     """The loop on the device gives the tokens of transformers' own, and stops where that stops."""
@@ -229,6 +244,31 @@ def test_decoder(model):
     for tokens, row in zip(np.concatenate([first, second], axis=1), expected, strict=True):
         length = row.index(end) + 1 if end in row else len(row)
         assert tokens.tolist() == row[:length] + [-1] * (20 - length)
+
+
+def save_tokenizer(folder, vocab):
+    """One in which token i is the word w<i>."""
+    words = WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("model", ["v2-lite"], indirect=True)
+def test_command(model, capsys):
+    theirs, folder = model
+    save_tokenizer(folder, theirs.config.vocab_size)
+    expected = []
+    for prompt in ([1, 5, 6, 7], [1, 8]):  # 1 begins every text
+        expected.append(list(prompt))
+        for _ in range(11):
+            expected[-1].append(int(np.argmax(their_logits(theirs, expected[-1])[-1])))
+        expected[-1] = " ".join(f"w{token}" for token in expected[-1][len(prompt) :])
+    command = ["--model", str(folder), "--prompt", "w5 w6 w7", "--prompt", "w8", "--chunk", "16"]
+    assert generate.main([*command, "--max-tokens", "11", "--batch", "3"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{expected[0]}\n\n--- w8\n{expected[1]}\n"
+    assert re.search(r"3 sequences .* generated [\d.]+ tokens/s, [\d.]+ ms a step", shown.err)
 
 
 # -------------------- Checkpoints

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from lowering import PASSED_ON, operations_on
 
+from examples.deepseek import generate
 from examples.deepseek import model as model_module
 from examples.deepseek.config import PRESETS, ModelConfig
 from examples.deepseek.decoding import Decoder, allocate
@@ -243,6 +244,18 @@ def test_one_seed_one_answer():
     first, again, other = (answers(decoder, PROMPTS, 12, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+@quick
+def test_command_with_random_weights(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    command = ["--random-weights", "tiny", "--layers", "1", "--prompt-tokens", "20"]
+    command += ["--batch", "8", "--max-tokens", "9", "--temperature", "1", "--parallel", "dp"]
+    assert generate.main(command) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.split()) == 9
+    assert all(0 <= int(token) < 96 for token in shown.out.split())
+    assert "8 sequences on 8 x cpu" in shown.err
 
 
 # -------------------- Several devices
