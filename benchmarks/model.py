@@ -155,11 +155,19 @@ def measure_batch(plan, params, batch, contexts):
     return rows
 
 
+def kept_rows(path, head, batches):
+    """The rows of other batches, if the file is of the same device, commit and model."""
+    old = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    if any(old.get(key) != head[key] for key in ("device", "commit", "model")):
+        return []
+    return [row for row in old["rows"] if row["batch"] not in batches]
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, help=f"results file ({RESULTS})")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--batches", help="as 1,32; default all")
+    parser.add_argument("--batches", help="as 1,32; default all; the file keeps the others")
     parser.add_argument("--commit", help="commit to record, where there is no .git")
     options = parser.parse_args(argv)
     if not options.smoke and options.out is None:
@@ -185,8 +193,8 @@ def main(argv=None):
         "model": NAME,
         "weights_bytes": bytes_of(params),
         "bytes_limit": limit,
-        "rows": [],
     }
+    results["rows"] = kept_rows(options.out, results, plan.batches)
     print(f"{results['device']}: {results['weights_bytes'] / 1e9:.1f} GB of weights")
     for batch in plan.batches:
         fitting = contexts_that_fit(plan, batch, params, limit)
@@ -198,6 +206,7 @@ def main(argv=None):
                 "cache_bytes": cache_bytes(plan, batch, context),
             }
             results["rows"].append(rows.get(context, too_large))
+        results["rows"].sort(key=lambda row: (row["batch"], row["context"]))
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
