@@ -526,13 +526,11 @@ def test_the_benchmark_of_two_devices_runs(tmp_path):
     assert [row["exchanged_bytes"] for row in rows] == [0, 0, exchanged]
 
 
-def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, report):
+def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, bench, report):
     results = tmp_path / "cpu_model.json"
     command = [sys.executable, BENCHMARKS / "model.py", "--smoke", "--out", results]
-    for batch in ("2", "1"):  # the file keeps the others
-        command += ["--batches", batch, "--commit", "0"]
-        quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        subprocess.run(command, check=True, capture_output=True, timeout=300, env=quick)
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=quick)
     data = json.loads(results.read_text())
     assert [(row["batch"], row["context"]) for row in data["rows"]] == [
         (1, 64), (1, 128), (2, 64), (2, 128),
@@ -547,6 +545,10 @@ def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, report):
     text = report.model_section(data)
     assert f"| 2 x 128 | 0.0 | {row['cuda_ms']:.2f} | {row['tokens_per_s']:.0f} |" in text
     assert "| 2 x 256 | 3.0 | does not fit |" in text
+    kept_rows = bench("model").kept_rows
+    assert [row["batch"] for row in kept_rows(results, data, (1,))] == [2, 2]
+    assert kept_rows(results, data | {"commit": "0"}, (1,)) == []
+    assert kept_rows(tmp_path / "none.json", data, (1,)) == []
 
 
 def test_the_readme_quotes_the_results():

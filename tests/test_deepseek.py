@@ -35,7 +35,8 @@ from examples.deepseek import generate
 from examples.deepseek.config import ModelConfig
 from examples.deepseek.decoding import Decoder, allocate
 from examples.deepseek.model import forward, init_cache
-from examples.deepseek.weights import load_weights
+from examples.deepseek.parallel import Layout
+from examples.deepseek.weights import Leaf, leaves, load_weights
 
 torch.set_num_threads(1)  # jax has threads of its own
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -106,7 +107,7 @@ def randomize(model, seed):
         if "norm" in name:
             x.data = 1 + 0.3 * normal
         elif "e_score_correction_bias" in name:
-            x.data = 0.1 * normal
+            x.data = 0.1 * normal - 1  # so that the choice is among numbers below 0
         else:
             x.data = 1.5 * normal * (x.shape[-1] ** -0.5)
 
@@ -295,6 +296,19 @@ def test_shards_or_one_file(model, tmp_path):
     assert len(list(folder.glob("*.safetensors"))) > 3
     save_as_one_file(folder, tmp_path, lambda tensors: None)
     jax.tree.map(np.testing.assert_array_equal, load(folder)[1], load(tmp_path)[1])
+
+
+@v3
+def test_weights_lie_as_the_layout_says(model):
+    layout = Layout.over("tp", jax.devices("cpu")[:2])
+    config, params = load(model[1], place=layout.place)
+    is_leaf = {"is_leaf": lambda x: isinstance(x, Leaf)}
+    expected = jax.tree.map(layout.place, leaves(config), **is_leaf)
+    assert jax.tree.map(lambda x: x.sharding.spec, params) == jax.tree.map(
+        lambda sharding: sharding.spec, expected
+    )
+    assert params["layers"][1]["experts_down"].addressable_shards[1].data.shape == (8, 24, 64)
+    jax.tree.map(np.testing.assert_array_equal, params, load(model[1])[1])
 
 
 @v3

@@ -3,22 +3,25 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from lowering import PASSED_ON, operations_on
 
 from examples.deepseek import generate
 from examples.deepseek import model as model_module
 from examples.deepseek.config import PRESETS, ModelConfig
-from examples.deepseek.decoding import Decoder, allocate
+from examples.deepseek.decoding import Decoder, State, allocate
 from examples.deepseek.model import experts, forward, init_cache
 from examples.deepseek.parallel import Layout
 from examples.deepseek.sampling import greedy, sample
 from examples.deepseek.weights import Leaf, leaves, random_weights
+from jax_flashmla import _primitive
 
 TINY = {
     "model_type": "deepseek_v3",
@@ -333,6 +336,60 @@ def test_weights_and_cache_are_not_copied_on_an_h200(n, h200):
     for name in ("experts_gate_up", "experts_down"):
         assert operations_on(params["layers"][1][name].size, hlo) <= PASSED_ON
     assert hlo.count('custom_call_target="jax_flashmla_tile_scheduler"') == 1
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize(("kind", "sums"), [("dp", 0), ("tp", 2 * 3)])
+def test_the_loop_on_two_h200s(kind, sums):
+    """What crosses between devices in a step of three layers, and that both run the kernels."""
+    layout = Layout(kind, lowering.h200_mesh((2,), ("device",)))
+    config, batch = ModelConfig.named("deepseek-v2-lite", layers=3), 8
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype(jnp.bfloat16), sharding=layout.place(leaf)
+        ),
+        leaves(config),
+        is_leaf=lambda x: isinstance(x, Leaf),
+    )
+    whole = layout.place(Leaf(()))
+    by_sequence = NamedSharding(layout.mesh, layout.by_sequence)
+
+    def struct(shape, dtype, sharding=by_sequence):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = State(
+        struct((layout.groups * 3 * 64, 64, 1, 576), jnp.bfloat16),
+        struct((batch, 16), jnp.int32),
+        struct((batch,), jnp.int32),
+        struct((batch,), jnp.int32),
+        struct((batch,), bool),
+        struct(key.shape, key.dtype, whole),
+    )
+    decoder = Decoder(params, config, layout=layout, implementation="cuda")
+    hlo = decoder.program(4).lower(params, state).compile().as_text()
+    assert hlo.count('custom_call_target="jax_flashmla_dense_decode"') == 3
+    exchanges = re.findall(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", hlo)
+    assert exchanges == ["all-reduce"] * sums
+
+
+@pytest.mark.usefixtures("kernels")
+def test_dimensions_without_a_kernel_are_said_once():
+    config, params = tiny()
+    cache = init_cache(config, 4, 64)
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    row = jnp.ones(1, jnp.int32)
+    _primitive._warn_once.cache_clear()
+
+    def two_steps(params, cache):
+        for n in (1, 16):
+            tokens = jnp.ones((1, n), jnp.int32)
+            _, cache = forward(params, config, cache, tokens, row[:, None], row, row)
+        return cache
+
+    with pytest.warns(RuntimeWarning, match="head_dim_v 512, not for 32 and 24") as said:
+        lowering.text_for_cuda(two_steps, params, cache)
+    assert len(said) == 1
 
 
 # What rounding to bfloat16 makes of the logits, relative to their rms. A rounding's error is at

@@ -87,13 +87,10 @@ class Decoder:
             one = init_cache(self.config, pages, page_block_size, dtype)
             return jnp.tile(one, (groups, 1, 1, 1))
 
-        sharding = None if self.layout.mesh is None else jax.sharding.NamedSharding(
-            self.layout.mesh, rows
-        )  # fmt: skip
         zeros = np.zeros(batch, np.int32)
         put = self.layout.put
         return State(
-            jax.jit(make, out_shardings=sharding)(),
+            jax.jit(make, out_shardings=self.layout.sharding(rows))(),
             *(put(jnp.asarray(x), rows) for x in (table, zeros, zeros, np.zeros(batch, bool))),
             put(jax.random.key(seed), PartitionSpec()),
         )
@@ -138,21 +135,17 @@ class Decoder:
         return sample(logits, self.layout.device_key(key), self.temperature, self.top_p)
 
     def _read_chunk(self, params, state, tokens, lengths):
-        new = lengths - state.lengths
-        logits, cache = self.forward(
-            params, cache=state.cache, tokens=tokens, block_table=state.block_table,
-            cache_seqlens=lengths, num_new=new,
-        )  # fmt: skip
-        key, now = jax.random.split(state.key)
-        token = self._choose(logits, now)
-        return dataclasses.replace(state, cache=cache, lengths=lengths, token=token, key=key)
+        return self._advance(params, state, tokens, lengths, lengths - state.lengths)
 
     def _step(self, params, state):
-        live = ~state.done
-        lengths = state.lengths + live
+        live = (~state.done).astype(jnp.int32)
+        return self._advance(params, state, state.token[:, None], state.lengths + live, live)
+
+    def _advance(self, params, state, tokens, lengths, new):
+        """The state after the new tokens, in which it has `lengths`; a done sequence has none."""
         logits, cache = self.forward(
-            params, cache=state.cache, tokens=state.token[:, None], block_table=state.block_table,
-            cache_seqlens=jnp.where(live, lengths, 0), num_new=live.astype(jnp.int32),
+            params, cache=state.cache, tokens=tokens, block_table=state.block_table,
+            cache_seqlens=jnp.where(new > 0, lengths, 0), num_new=new,
         )  # fmt: skip
         key, now = jax.random.split(state.key)
         token = self._choose(logits, now)

@@ -3,9 +3,10 @@
     python -m examples.deepseek.generate --model FOLDER --prompt "Why is the sky blue?"
     python -m examples.deepseek.generate --random-weights deepseek-v2-lite --batch 32
 
-FOLDER is one from Hugging Face: config.json, tokenizer.json, *.safetensors. With random weights
-there is no tokenizer: prompts are random tokens, and what is printed are tokens. The answer to the
-first prompt is printed as it comes; the others, with several prompts, at the end.
+FOLDER is one from Hugging Face: config.json, tokenizer.json, *.safetensors. A prompt is continued
+as it stands: what a chat model wants around it is to be written there. With random weights there is
+no tokenizer: prompts are random tokens, and what is printed are tokens. The answer to the first
+prompt is printed as it comes; the others, with several prompts, at the end.
 """
 
 import argparse

@@ -60,9 +60,13 @@ class Layout:
             if size % self.size:
                 raise ValueError(f"{self.kind} over {self.size} devices: {name} is {size}")
 
+    def sharding(self, spec):
+        """None: the default device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, spec)
+
     def place(self, leaf):
         """The sharding of a parameter, for weights.py."""
-        return None if self.mesh is None else NamedSharding(self.mesh, leaf.spec(self.tensor_axis))
+        return self.sharding(leaf.spec(self.tensor_axis))
 
     def params(self, config):
         """The specs of all parameters."""
@@ -73,7 +77,7 @@ class Layout:
         )
 
     def put(self, x, spec):
-        return x if self.mesh is None else jax.device_put(x, NamedSharding(self.mesh, spec))
+        return x if self.mesh is None else jax.device_put(x, self.sharding(spec))
 
     def jit(self, function, in_specs, out_specs, **options):
         """jax.jit of a function of one device's arrays."""
