@@ -222,14 +222,21 @@ def test_allocate():
 
 
 @quick
-def test_cache_stays_where_it_is():
-    config, params = tiny()
-    decoder = Decoder(params, config, chunk=16)
-    state = decoder.start(2, [60, 60], page_block_size=16)
+def test_cache_stays_where_it_is(implementation):
+    """In the loop on the device, on a GPU with the kernels; a second run gives the same."""
+    on_gpu = implementation == "cuda"
+    config = ModelConfig.from_hf(KERNEL_SIZED if on_gpu else TINY)
+    dtype = jnp.bfloat16 if on_gpu else jnp.float32
+    params = random_weights(config, jax.random.key(0), dtype)
+    decoder = Decoder(params, config, chunk=16, implementation=implementation)
+    state = decoder.start(4, [60] * 4, page_block_size=16)
     address = state.cache.unsafe_buffer_pointer()
-    state = decoder.prefill(state, PROMPTS[:2])
-    _, state = decoder.decode(state, 4)
+    state = decoder.prefill(state, PROMPTS)
+    tokens, state = decoder.decode(state, 8)
     assert state.cache.unsafe_buffer_pointer() == address
+    assert np.asarray(state.lengths).tolist() == [len(prompt) + 8 for prompt in PROMPTS]
+    assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < config.vocab)).all()
+    np.testing.assert_array_equal(answers(decoder, PROMPTS, 8), tokens)
 
 
 @quick

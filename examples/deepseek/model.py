@@ -9,6 +9,8 @@ Shape letters: b sequences, n new tokens of each, m model width, h heads, c late
 sequences, x experts, f width of an MLP.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -69,22 +71,11 @@ def forward(
       logits: f32 [b, vocab], or [b, n, vocab].
       cache.
     """
-    n = tokens.shape[1]
-    column = jnp.arange(n, dtype=jnp.int32)
-    positions = cache_seqlens[:, None] - n + column
-    is_new = column >= n - num_new[:, None]
-
-    # Once a step for all layers: it follows from the lengths alone. A cache entry serves n * h
-    # query rows.
     heads = params["layers"][0]["key_up"].shape[0]  # of this device
-    step = {
-        "block_table": block_table,
-        "lengths": cache_seqlens,
-        "schedule": get_mla_metadata(cache_seqlens, n * heads, 1, implementation=implementation),
-        "slots": get_slot_mapping(block_table, jnp.where(is_new, positions, -1), cache.shape[1]),
-        "rotation": rotation(config, jnp.maximum(positions, 0)[:, :, None]),
-        "implementation": implementation,
-    }
+    step = plan_step(
+        config, cache.shape[1], tokens.shape[1], heads, block_table, cache_seqlens, num_new,
+        implementation,
+    )  # fmt: skip
 
     def over_devices(x):
         return x if tensor_axis is None else jax.lax.psum(x, tensor_axis)
@@ -102,6 +93,34 @@ def forward(
 
     x = rms_norm(x if all_logits else x[:, -1], params["final_norm"], config.norm_eps)
     return product("...m,km->...k", x, params.get("head", params["embedding"])), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the layers of one forward pass share."""
+
+    block_table: jax.Array
+    lengths: jax.Array  # the cache_seqlens
+    schedule: tuple  # from get_mla_metadata
+    slots: jax.Array  # [b, n], where the new tokens go within a layer's pages
+    rotation: tuple  # cosine and sine, [b, n, 1, rope_dim / 2]
+    implementation: str
+
+
+def plan_step(config, page, n, heads, block_table, cache_seqlens, num_new, implementation):
+    """What follows from lengths and tables alone: made once for all layers."""
+    column = jnp.arange(n, dtype=jnp.int32)
+    positions = cache_seqlens[:, None] - n + column
+    is_new = column >= n - num_new[:, None]
+    return Step(
+        block_table,
+        cache_seqlens,
+        # A cache entry serves n * heads query rows.
+        get_mla_metadata(cache_seqlens, n * heads, 1, implementation=implementation),
+        get_slot_mapping(block_table, jnp.where(is_new, positions, -1), page),
+        rotation(config, jnp.maximum(positions, 0)[:, :, None]),
+        implementation,
+    )
 
 
 def product(equation, x, w):
@@ -122,7 +141,7 @@ def rms_norm(x, gain, eps):
 
 def attention(w, config, x, cache, layer, step):
     """Multi-head latent attention of one layer: x [b, n, m] -> ([b, n, m], the cache)."""
-    c, (cosine, sine) = config.kv_lora_rank, step["rotation"]
+    c, (cosine, sine) = config.kv_lora_rank, step.rotation
 
     # The cache entries of the new tokens, [b, n, c + rope]: latent and rotary key.
     down = product("bnm,km->bnk", x, w["kv_down"])
@@ -136,26 +155,26 @@ def attention(w, config, x, cache, layer, step):
     table, slots = (
         jnp.where(ids < 0, -1, ids + first)
         for ids, first in (
-            (step["block_table"], first_page),
-            (step["slots"], first_page * cache.shape[1]),
+            (step.block_table, first_page),
+            (step.slots, first_page * cache.shape[1]),
         )
     )
     cache = append_kv_cache(
         cache,
         entries.reshape(-1, entries.shape[-1]),
         slots.reshape(-1),
-        implementation=step["implementation"],
+        implementation=step.implementation,
     )
     attended, _ = flash_mla_with_kvcache(
-        queries(w, config, x, step["rotation"]).astype(cache.dtype),
+        queries(w, config, x, step.rotation).astype(cache.dtype),
         cache,
         table,
-        step["lengths"],
+        step.lengths,
         c,
-        *step["schedule"],
+        *step.schedule,
         softmax_scale=config.softmax_scale,
         causal=True,
-        implementation=step["implementation"],
+        implementation=step.implementation,
     )
 
     # Out of the latent space, then the usual output projection.
