@@ -257,8 +257,9 @@ def save_tokenizer(folder, vocab):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.parametrize("slots", [[], ["--slots", "2"]], ids=["together", "slots"])
 @pytest.mark.parametrize("model", ["v2-lite"], indirect=True)
-def test_command(model, capsys):
+def test_command(model, slots, capsys):
     theirs, folder = model
     save_tokenizer(folder, theirs.config.vocab_size)
     expected = []
@@ -268,10 +269,11 @@ def test_command(model, capsys):
             expected[-1].append(int(np.argmax(their_logits(theirs, expected[-1])[-1])))
         expected[-1] = " ".join(f"w{token}" for token in expected[-1][len(prompt) :])
     command = ["--model", str(folder), "--prompt", "w5 w6 w7", "--prompt", "w8", "--chunk", "16"]
-    assert generate.main([*command, "--max-tokens", "11", "--batch", "3"]) == 0
+    assert generate.main([*command, "--max-tokens", "11", "--batch", "3", *slots]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{expected[0]}\n\n--- w8\n{expected[1]}\n"
-    assert re.search(r"3 sequences .* generated [\d.]+ tokens/s, [\d.]+ ms a step", shown.err)
+    said = r"2 at a time, generated [\d.]+ tokens/s" if slots else r"/s, [\d.]+ ms a step"
+    assert re.search(rf"3 sequences on 1 x cpu: .*{said}", shown.err)
 
 
 # -------------------- Checkpoints

@@ -76,6 +76,7 @@ quick = pytest.mark.usefixtures("quick_compile")
         ({"attention_bias": True}, "attention_bias is True"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ({"n_group": 3}, "n_group 3 does not divide n_routed_experts 8"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but topk_group leaves 4"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling type is 'linear'"),
         ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "attention_factor is 1.5"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
@@ -193,6 +194,13 @@ def test_samples_follow_the_distribution():
         assert (np.abs(found - expected / expected.sum()) <= limit).all()
 
 
+def test_few_tokens_that_are_top_p_likely_together():
+    """Four are equally likely: two of them make a half, and all of them 1, whatever is rounded."""
+    for top_p, expected in ((0.25, {0}), (0.5, {0, 1}), (0.6, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        tokens = sample(jnp.zeros((200, 4)), jax.random.key(0), 1.0, top_p)
+        assert set(np.asarray(tokens).tolist()) == expected
+
+
 # -------------------- The loop
 
 
@@ -256,16 +264,98 @@ def test_one_seed_one_answer():
     assert (first != other).any()
 
 
+RANDOM = ["--random-weights", "tiny", "--layers", "1", "--prompt-tokens", "20"]
+RANDOM += ["--batch", "8", "--max-tokens", "9", "--temperature", "1"]
+
+
 @quick
 def test_command_with_random_weights(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    command = ["--random-weights", "tiny", "--layers", "1", "--prompt-tokens", "20"]
-    command += ["--batch", "8", "--max-tokens", "9", "--temperature", "1", "--parallel", "dp"]
-    assert generate.main(command) == 0
+    assert generate.main([*RANDOM, "--parallel", "dp"]) == 0
     shown = capsys.readouterr()
     assert len(shown.out.split()) == 9
     assert all(0 <= int(token) < 96 for token in shown.out.split())
     assert "8 sequences on 8 x cpu" in shown.err
+
+
+@quick
+def test_command_in_slots(monkeypatch):
+    """An answer follows from its seed, not from how many run beside it."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+    def answers_of(*arguments):
+        args = generate.parse_args([*RANDOM, *arguments])
+        decoder, _, prompts = generate.load(args)
+        shown = []
+        answers, said = generate.run_in_slots(decoder, prompts, args, shown.append)
+        assert [len(answer) for answer in answers] == [9] * 8
+        assert shown[-1] == answers[0]
+        assert f"{args.slots} at a time" in said
+        return answers
+
+    first, again = answers_of("--slots", "3"), answers_of("--slots", "2")
+    assert first == again
+    assert first != answers_of("--slots", "3", "--top-p", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "x"], "--model needs a --prompt"),
+        (["--random-weights", "tiny", "--prompt", "a"], "no tokenizer"),
+        (["--model", "x", "--prompt", "a", "--prompt", "b", "--batch", "1"], "than the 2 prompts"),
+        ([*RANDOM, "--slots", "2", "--parallel", "dp"], "--slots needs one pool"),
+        ([*RANDOM, "--slots", "0"], "--slots: must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        generate.parse_args(arguments)
+    assert message in capsys.readouterr().err
+
+
+# -------------------- Continuous batching
+
+
+@functools.cache
+def solo_runs():
+    """(prompts, of which some begin alike; their greedy answers)."""
+    rng = np.random.default_rng(3)
+    common = rng.integers(0, 96, 37).tolist()
+    prompts = [[*common, *rng.integers(0, 96, n).tolist()] for n in (3, 11, 12)]
+    prompts += [rng.integers(0, 96, n).tolist() for n in (1, 30, 45)]
+    config, params = tiny()
+    decoder, found = Decoder(params, config, chunk=16), []
+    for prompt in prompts:
+        state = decoder.prefill(decoder.start(1, [80], page_block_size=16), [prompt])
+        found.append(np.asarray(decoder.decode(state, 24)[0])[0].tolist())
+    assert len({token for answer in found for token in answer}) > 30
+    return prompts, found
+
+
+@quick
+@pytest.mark.parametrize(
+    ("kind", "sampling"), [(None, {}), ("tp", {"temperature": 5.0, "top_p": 0.0})]
+)
+def test_batched_requests_equal_their_solo_runs(kind, sampling):
+    """In a pool that is too small for all that run; one joins every second step."""
+    prompts, expected = solo_runs()
+    layout = Layout.over(kind, jax.devices("cpu")[:2])
+    config = ModelConfig.from_hf(TINY)
+    params = random_weights(config, jax.random.key(0), jnp.float32, layout.place)
+    decoder = Decoder(params, config, layout=layout, chunk=16, **sampling)
+    batcher = decoder.batcher(3, 80, num_blocks=8, page_block_size=16)
+    requests = []
+    for prompt in prompts:
+        requests.append(batcher.submit(prompt, 24))
+        batcher.step()
+        batcher.step()
+    batcher.run()
+    assert [request.generated for request in requests] == expected
+    assert any(request.preemptions for request in requests)
+    assert any(request.reused and not request.preemptions for request in requests)
+    batcher.manager.check()
+    assert batcher.manager.num_free == 8
 
 
 # -------------------- Several devices
@@ -309,6 +399,8 @@ def test_what_does_not_divide_is_named():
         Layout.over("dp", devices).check(config, 3)
     with pytest.raises(ValueError, match="'pp'"):
         Layout.over("pp")
+    with pytest.raises(ValueError, match="one pool of pages"):
+        Decoder(params, config, layout=Layout.over("dp", devices)).batcher(2, 8)
 
 
 # -------------------- On an H200

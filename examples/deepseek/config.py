@@ -157,16 +157,23 @@ def _experts(hf):
         raise ValueError(
             f"config.json: n_group {groups} does not divide n_routed_experts {experts}"
         )
+    groups_per_token = min(hf.get("topk_group") or 1, groups)
+    per_token, eligible = hf["num_experts_per_tok"], experts // groups * groups_per_token
+    if per_token > eligible:
+        raise ValueError(
+            f"config.json: num_experts_per_tok is {per_token}, but topk_group leaves {eligible} "
+            f"of the {experts} experts to choose from"
+        )
     return {
         "expert_width": hf["moe_intermediate_size"],
         "experts": experts,
-        "experts_per_token": hf["num_experts_per_tok"],
+        "experts_per_token": per_token,
         "shared_experts": hf.get("n_shared_experts") or 0,
         "dense_layers": hf.get("first_k_dense_replace") or 0,
         "moe_layer_freq": hf.get("moe_layer_freq") or 1,
         "topk_method": hf["topk_method"],
         "groups": groups,
-        "groups_per_token": min(hf.get("topk_group") or 1, groups),
+        "groups_per_token": groups_per_token,
         "normalize_routing": bool(hf["norm_topk_prob"]),
         "routing_scale": float(hf.get("routed_scaling_factor") or 1.0),
     }

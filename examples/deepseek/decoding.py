@@ -1,4 +1,10 @@
-"""Prompts into the cache chunk by chunk, then a jitted loop of steps, for ragged batches."""
+"""Prompts into the cache chunk by chunk, then a jitted loop of steps, for ragged batches.
+
+For sequences that begin together and whose lengths are bounded beforehand: `allocate` gives each
+its pages once, and nothing goes back to the host between steps. Where requests come and go, or
+share pages, or pages may run out, `Decoder.batcher` puts the same model behind batching.py, which
+keeps books of the pages and looks at each step's tokens on the host.
+"""
 
 import dataclasses
 import functools
@@ -8,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from .batching import ContinuousBatcher, make_step
 from .model import forward, init_cache
 from .parallel import Layout
 from .sampling import greedy, sample
@@ -29,6 +36,7 @@ class State:
 def allocate(lengths, page_block_size, groups=1):
     """Pages for sequences that grow to `lengths` tokens: (block_table, pages_per_layer).
 
+    Each sequence has its pages in a row, and for good: block_manager.py is for those that change.
     With `groups` each run of sequences has a pool of its own, counted from 0, all of one size.
     """
     pages = -(-np.asarray(lengths) // page_block_size)
@@ -60,40 +68,80 @@ class Decoder:
         self.layout = layout = layout or Layout()
         self.eos = config.eos if eos is None else tuple(eos)
         self.temperature, self.top_p = temperature, top_p
-        self.forward = functools.partial(
-            forward,
-            config=config,
-            tensor_axis=layout.tensor_axis,
-            implementation=implementation,
-        )
+        self._implementation = implementation
         rows, whole = layout.by_sequence, PartitionSpec()
         state = State(rows, rows, rows, rows, rows, whole)
-        params_specs = layout.params(config)
-        self._read = layout.jit(
-            self._read_chunk, (params_specs, state, rows, rows), state, donate_argnums=1
+        self._params_specs = layout.params(config)
+        # What `prefill` runs, jitted: (params, state, i32 [b, chunk] tokens, i32 [b] tokens of each
+        # sequence after them) -> state.
+        self.read_program = layout.jit(
+            self._read_chunk, (self._params_specs, state, rows, rows), state, donate_argnums=1
         )
         self._programs = {}
-        self._decode_specs = (params_specs, state), (rows, state)
+        self._decode_specs = (self._params_specs, state), (rows, state)
 
     def start(self, batch, lengths, *, page_block_size=64, dtype=None, seed=0):
         """An empty state for sequences that will grow to `lengths` [batch] tokens at most."""
         self.layout.check(self.config, batch)
-        groups, rows = self.layout.groups, self.layout.by_sequence
-        table, pages = allocate(lengths, page_block_size, groups)
-        dtype = dtype or self.params["embedding"].dtype
-
-        def make():
-            # One pool a device: each has the pages of all layers of its sequences.
-            one = init_cache(self.config, pages, page_block_size, dtype)
-            return jnp.tile(one, (groups, 1, 1, 1))
-
+        table, pages = allocate(lengths, page_block_size, self.layout.groups)
         zeros = np.zeros(batch, np.int32)
-        put = self.layout.put
+        rows, put = self.layout.by_sequence, self.layout.put
         return State(
-            jax.jit(make, out_shardings=self.layout.sharding(rows))(),
+            self._empty_cache(pages, page_block_size, dtype),
             *(put(jnp.asarray(x), rows) for x in (table, zeros, zeros, np.zeros(batch, bool))),
             put(jax.random.key(seed), PartitionSpec()),
         )
+
+    def batcher(self, slots, longest, *, num_blocks=None, page_block_size=64, dtype=None):
+        """The model behind a queue of requests: a ContinuousBatcher.
+
+        Args:
+          slots: the most sequences at a time.
+          longest: tokens of the longest sequence, with those to be generated.
+          num_blocks: pages a layer, by default as many as `slots` sequences can need.
+
+        Raises:
+          ValueError: the layout is dp, which has a pool of pages on each device.
+        """
+        if self.layout.kind == "dp":
+            raise ValueError('continuous batching needs one pool of pages: parallel is "dp"')
+        self.layout.check(self.config, slots)
+        max_blocks = -(-longest // page_block_size)
+        num_blocks = num_blocks or slots * max_blocks
+        whole = PartitionSpec()
+        run = self.layout.shard(self._forward, (self._params_specs, *[whole] * 5), (whole, whole))
+
+        def sample_one(logits, key):
+            return sample(logits[None], key, self.temperature, self.top_p)[0]
+
+        step = make_step(
+            lambda params, config, *arrays: run(params, *arrays),
+            self.params,
+            self.config,
+            sample_one if self.temperature else None,
+        )
+        return ContinuousBatcher(
+            step,
+            self._empty_cache(num_blocks, page_block_size, dtype),
+            num_blocks=num_blocks,
+            page_block_size=page_block_size,
+            max_batch=slots,
+            max_blocks=max_blocks,
+            chunk=self.chunk,
+            eos=self.eos,
+            options={},  # but for the seed, which each request has
+        )
+
+    def _empty_cache(self, pages, page_block_size, dtype):
+        """One pool a device that has sequences of its own, with the pages of all layers."""
+
+        def make():
+            one = init_cache(
+                self.config, pages, page_block_size, dtype or self.params["embedding"].dtype
+            )
+            return jnp.tile(one, (self.layout.groups, 1, 1, 1))
+
+        return jax.jit(make, out_shardings=self.layout.sharding(self.layout.by_sequence))()
 
     def prefill(self, state, prompts):
         """Reads the prompts, lists of tokens, none empty, into an empty state.
@@ -110,7 +158,7 @@ class Decoder:
         for end in range(self.chunk, width + 1, self.chunk):
             tokens = self.layout.put(padded[:, end - self.chunk : end], rows)
             read = self.layout.put(np.maximum(lengths - (width - end), 0), rows)
-            state = self._read(self.params, state, tokens, read)
+            state = self.read_program(self.params, state, tokens, read)
         return state
 
     def decode(self, state, steps):
@@ -129,6 +177,12 @@ class Decoder:
 
     # -------------------- Inside jit, on one device's arrays
 
+    def _forward(self, params, cache, tokens, block_table, cache_seqlens, num_new):
+        return forward(
+            params, self.config, cache, tokens, block_table, cache_seqlens, num_new,
+            tensor_axis=self.layout.tensor_axis, implementation=self._implementation,
+        )  # fmt: skip
+
     def _choose(self, logits, key):
         if self.temperature == 0:
             return greedy(logits)
@@ -143,10 +197,9 @@ class Decoder:
 
     def _advance(self, params, state, tokens, lengths, new):
         """The state after the new tokens, in which it has `lengths`; a done sequence has none."""
-        logits, cache = self.forward(
-            params, cache=state.cache, tokens=tokens, block_table=state.block_table,
-            cache_seqlens=jnp.where(new > 0, lengths, 0), num_new=new,
-        )  # fmt: skip
+        logits, cache = self._forward(
+            params, state.cache, tokens, state.block_table, jnp.where(new > 0, lengths, 0), new
+        )
         key, now = jax.random.split(state.key)
         token = self._choose(logits, now)
         return dataclasses.replace(state, cache=cache, lengths=lengths, token=token, key=key)

@@ -2,11 +2,13 @@
 
     python -m examples.deepseek.generate --model FOLDER --prompt "Why is the sky blue?"
     python -m examples.deepseek.generate --random-weights deepseek-v2-lite --batch 32
+    python -m examples.deepseek.generate --model FOLDER --prompt "..." --prompt "..." --slots 1
 
 FOLDER is one from Hugging Face: config.json, tokenizer.json, *.safetensors. A prompt is continued
 as it stands: what a chat model wants around it is to be written there. With random weights there is
 no tokenizer: prompts are random tokens, and what is printed are tokens. The answer to the first
-prompt is printed as it comes; the others, with several prompts, at the end.
+prompt is printed as it comes; the others, with several prompts, at the end. All sequences run side
+by side, in a loop on the device; with --slots only so many at a time, in continuous batches.
 """
 
 import argparse
@@ -26,6 +28,13 @@ from .weights import load_weights, random_weights
 BURST = 8  # tokens between two looks at what has been generated
 
 
+def count(text):
+    """The type of arguments that are at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="python -m examples.deepseek.generate",
@@ -36,16 +45,17 @@ def parse_args(argv):
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="FOLDER", type=Path)
     model.add_argument("--random-weights", metavar="NAME", help=", ".join(PRESETS))
-    add("--layers", type=int, help="of a model with random weights, if not all")
+    add("--layers", type=count, help="of a model with random weights, if not all")
     add("--prompt", action="append", help="may be given several times")
-    add("--prompt-tokens", type=int, default=64, help="length of random prompts (default 64)")
-    add("--batch", type=int, help="sequences; the prompts are repeated")
-    add("--max-tokens", type=int, default=128, help="of each answer (default 128)")
+    add("--prompt-tokens", type=count, default=64, help="length of random prompts (default 64)")
+    add("--batch", type=count, help="sequences, at least one a prompt; the prompts are repeated")
+    add("--slots", type=count, help="sequences at a time, if not all: continuous batching")
+    add("--max-tokens", type=count, default=128, help="of each answer (default 128)")
     add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--parallel", choices=("dp", "tp"), help="over all devices: sequences, or heads")
-    add("--chunk", type=int, default=128, help="tokens of a prompt read at a time (default 128)")
+    add("--chunk", type=count, default=128, help="tokens of a prompt read at a time (default 128)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--implementation", choices=("auto", "cuda", "xla"), default="auto")
     args = parser.parse_args(argv)
@@ -53,6 +63,10 @@ def parse_args(argv):
         parser.error("--model needs a --prompt")
     if args.random_weights and args.prompt:
         parser.error("--random-weights has no tokenizer for --prompt")
+    if args.batch and args.batch < len(args.prompt or []):
+        parser.error(f"--batch {args.batch} is less than the {len(args.prompt)} prompts")
+    if args.slots and args.parallel == "dp":
+        parser.error("--slots needs one pool of pages, --parallel dp has one a device")
     # XLA's CPU backend lacks some of the bfloat16 products.
     args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return args
@@ -100,7 +114,7 @@ def load(args):
         prompts = rng.integers(0, config.vocab, (args.batch or 1, args.prompt_tokens)).tolist()
     batch = args.batch or len(prompts)
     prompts = [prompts[i % len(prompts)] for i in range(batch)]
-    layout.check(config, batch)  # before the weights, which take a while
+    layout.check(config, batch)  # before the weights, which may take a while
     if args.model:
         params = load_weights(args.model, config, dtype, layout.place)
     else:
@@ -117,10 +131,10 @@ def load(args):
     return decoder, text, prompts
 
 
-def generate(decoder, prompts, max_tokens, *, seed=0, show=lambda answers: True):
+def generate(decoder, prompts, max_tokens, *, seed=0, show=lambda answer: True):
     """Answers to the prompts, lists of tokens, and (seconds to read, seconds to answer).
 
-    show: called with all answers so far, whenever there is more of them; False ends it.
+    show: called with the first answer so far, whenever there is more of it; False ends it all.
     """
     longest = [len(prompt) + max_tokens + BURST for prompt in prompts]
     state = decoder.start(len(prompts), longest, seed=seed)
@@ -132,18 +146,33 @@ def generate(decoder, prompts, max_tokens, *, seed=0, show=lambda answers: True)
         tokens, state = decoder.decode(state, BURST)
         for answer, row in zip(answers, np.asarray(tokens)[:, : max_tokens - start], strict=True):
             answer.extend(int(token) for token in row if token >= 0)
-        if not show(answers) or np.all(state.done):
+        if not show(answers[0]) or np.all(state.done):
             break
     return answers, (read - began, time.perf_counter() - read)
+
+
+def serve(batcher, prompts, max_tokens, *, seed=0, show=lambda answer: None):
+    """The same by continuous batching: the answers, and seconds in all.
+
+    A sampled answer follows from its own seed: `seed` plus its number.
+    """
+    began = time.perf_counter()
+    requests = [
+        batcher.submit(prompt, max_tokens, seed=seed + i) for i, prompt in enumerate(prompts)
+    ]
+    while batcher.busy:
+        if requests[0] in batcher.step():
+            show(requests[0].generated)
+    return [request.generated for request in requests], time.perf_counter() - began
 
 
 def streamer(text):
     """Prints what is new of the first answer, in whole characters."""
     printed = ""
 
-    def show(answers):
+    def show(answer):
         nonlocal printed
-        now = text.decode(answers[0])
+        now = text.decode(answer)
         if not now.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character
             print(now[len(printed) :], end="", flush=True)
             printed = now
@@ -152,22 +181,41 @@ def streamer(text):
     return show
 
 
+def run_all_at_once(decoder, prompts, args, show):
+    """(answers, what is to be said of them)."""
+    # A first burst that is not shown: it compiles, and loads kernels and libraries.
+    generate(decoder, prompts, args.max_tokens, show=lambda answer: False)
+    answers, (reading, answering) = generate(
+        decoder, prompts, args.max_tokens, seed=args.seed, show=show
+    )
+    generated, steps = sum(map(len, answers)), max(map(len, answers))
+    return answers, (
+        f"read {sum(map(len, prompts)) / reading:.0f} tokens/s, "
+        f"generated {generated / answering:.1f} tokens/s, {answering / steps * 1e3:.2f} ms a step"
+    )
+
+
+def run_in_slots(decoder, prompts, args, show):
+    """The same, args.slots of them at a time."""
+    longest = max(map(len, prompts)) + args.max_tokens
+    batcher = decoder.batcher(args.slots, longest)
+    serve(batcher, [(2 * prompts[0])[:2]], min(2, args.max_tokens))  # compiles both shapes
+    answers, seconds = serve(batcher, prompts, args.max_tokens, seed=args.seed, show=show)
+    generated = sum(map(len, answers))
+    return answers, f"{args.slots} at a time, generated {generated / seconds:.1f} tokens/s"
+
+
 def main(argv=None):
     args = parse_args(argv)
     decoder, text, prompts = load(args)
-    # A first burst that is not shown: it compiles, and loads kernels and libraries.
-    generate(decoder, prompts, args.max_tokens, show=lambda answers: False)
-    answers, (reading, answering) = generate(
-        decoder, prompts, args.max_tokens, seed=args.seed, show=streamer(text)
-    )
+    run = run_in_slots if args.slots else run_all_at_once
+    answers, said = run(decoder, prompts, args, streamer(text))
     print()
     for prompt, answer in list(zip(args.prompt or [], answers, strict=False))[1:]:
         print(f"\n--- {prompt}\n{text.decode(answer)}")
-    count, steps = sum(map(len, answers)), max(map(len, answers))
     print(
         f"\n{len(prompts)} sequences on {decoder.layout.size} x {jax.devices()[0].device_kind}: "
-        f"read {sum(map(len, prompts)) / reading:.0f} tokens/s, "
-        f"generated {count / answering:.1f} tokens/s, {answering / steps * 1e3:.2f} ms a step",
+        f"{said}",
         file=sys.stderr,
     )
     return 0

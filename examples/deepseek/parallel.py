@@ -79,13 +79,15 @@ class Layout:
     def put(self, x, spec):
         return x if self.mesh is None else jax.device_put(x, self.sharding(spec))
 
+    def shard(self, function, in_specs, out_specs):
+        """A function of whole arrays, made of one of a device's arrays; for use inside jit."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
     def jit(self, function, in_specs, out_specs, **options):
         """jax.jit of a function of one device's arrays."""
-        if self.mesh is not None:
-            function = jax.shard_map(
-                function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs
-            )
-        return jax.jit(function, **options)
+        return jax.jit(self.shard(function, in_specs, out_specs), **options)
 
     def device_key(self, key):
         """Inside a jitted function: devices with different sequences draw different numbers."""

@@ -30,6 +30,8 @@ def sample(logits, key, temperature, top_p=1.0):
     ordered, tokens = jax.lax.top_k(scaled, logits.shape[-1])
     likely = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(likely, axis=-1) - likely  # of those likelier than each
-    drawn = jax.random.categorical(key, jnp.where(before <= top_p, ordered, -jnp.inf))
+    # The likeliest is wanted even at 0, and at 1 all are, whatever rounding makes of their sum.
+    wanted = (before < top_p) | (top_p >= 1) | (jnp.arange(logits.shape[-1]) == 0)
+    drawn = jax.random.categorical(key, jnp.where(wanted, ordered, -jnp.inf))
     drawn = jnp.take_along_axis(tokens, drawn[:, None], axis=1)[:, 0]
     return jnp.where(temperature[:, 0] > 0, drawn, tokens[:, 0]).astype(jnp.int32)
