@@ -29,7 +29,7 @@ $(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
 endif
 
 # The tests that depend most on the version of jax.
-across := $(addprefix tests/test_,transforms.py sharding.py lowering.py decode.py merge.py cache.py schedule.py)
+across := $(addprefix tests/test_,$(addsuffix .py,transforms sharding lowering decode merge cache schedule batching models deepseek_parts))
 
 .PHONY: demo test test-gpu sanitize lint format clean
 

@@ -8,10 +8,15 @@ cache is full of random numbers and the lengths are set: the time does not depen
 there. Every sequence has pages of its own, in random order. A step is timed with our kernels, with
 attention in plain JAX, and without attention (its result is the first columns of the query): what
 attention costs is the difference. Lengths are traced and the block table is that of the longest
-context that fits, so that a batch size is one program for each of the three.
+context that fits, so that a batch size is one program for each of the three. A prompt is read in
+chunks of several sizes, by the program that Decoder.prefill runs.
+
+All programs are compiled first, some at a time, and before there is a cache. After --budget seconds
+the file says "left out" where there is no figure yet; the same command goes on from there.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -35,20 +40,44 @@ RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "h200_model.json
 NAME, PAGE = "deepseek-v2-lite", 64
 WORKSPACE = 6e9  # bytes left to programs when a context is said to fit
 FILLING_PAGES = 1024  # random pages, of which the cache is made
+COMPILED_AT_A_TIME = 4
+COMPILING_ENDS = 0.35  # when this part of the budget is left
+LEFT_OUT, TOO_LARGE, NO_MEMORY = "left out", "does not fit", "out of memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way to run attention."""
+
+    name: str
+    implementation: str  # of the ops
+    steps: int  # of a burst
+    bursts: int
+    batches: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     config: ModelConfig
-    batches: tuple[int, ...] = (1, 32, 128)
-    contexts: tuple[int, ...] = (1024, 8192, 32768)
-    # name: (implementation of the ops, steps a burst, bursts)
-    forms: tuple = (("cuda", "auto", 32, 5), ("without", "auto", 32, 5), ("xla", "xla", 4, 2))
-    dtype: str = "bfloat16"
+    contexts: tuple[int, ...]
+    forms: tuple[Form, ...]
+    prompt: int  # a multiple of each of
+    chunks: tuple[int, ...]
+    dtype: str
+
+    @property
+    def batches(self):
+        return sorted({batch for form in self.forms for batch in form.batches})
 
 
 def full_plan():
-    return Plan(ModelConfig.named(NAME))
+    forms = (
+        Form("cuda", "auto", 32, 5, (1, 32, 128)),
+        Form("without", "auto", 32, 5, (1, 32, 128)),
+        Form("xla", "xla", 2, 2, (1, 32)),
+    )
+    config = ModelConfig.named(NAME)
+    return Plan(config, (1024, 8192, 32768), forms, 4096, (64, 256, 512), "bfloat16")
 
 
 def smoke_plan():
@@ -56,8 +85,12 @@ def smoke_plan():
         ModelConfig.named(NAME, layers=2), vocab=256, width=64, heads=2, mlp_width=64,
         expert_width=32, experts=8,
     )  # fmt: skip
-    forms = (("cuda", "xla", 2, 1), ("without", "xla", 2, 1), ("xla", "xla", 1, 1))
-    return Plan(tiny, (1, 2), (64, 128), forms, "float32")
+    forms = (
+        Form("cuda", "xla", 2, 1, (1, 2)),
+        Form("without", "xla", 2, 1, (1, 2)),
+        Form("xla", "xla", 1, 1, (1,)),
+    )
+    return Plan(tiny, (64, 128), forms, 64, (16, 32), "float32")
 
 
 def bytes_of(tree):
@@ -69,105 +102,291 @@ def cache_bytes(plan, batch, context):
     return batch * context * plan.config.layers * plan.config.entry_dim * itemsize
 
 
-def contexts_that_fit(plan, batch, params, limit):
-    free = limit - bytes_of(params) - WORKSPACE
-    return [context for context in plan.contexts if cache_bytes(plan, batch, context) <= free]
+# -------------------- The results
+
+
+class Results:
+    """Rows with a reason for each figure that is missing; the file is written whole each time."""
+
+    def __init__(self, path, head, plan, limit):
+        old = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        if any(old.get(key) != head[key] for key in ("device", "commit", "model")):
+            old = {}
+        self.path = path
+        self.data = head | {
+            "rows": old.get("rows") or decode_rows(plan, head["weights_bytes"], limit),
+            "prefill": old.get("prefill") or prefill_rows(plan),
+        }
+
+    def wanted(self, section):
+        """The rows of which something was left out."""
+        return [row for row in self.data[section] if LEFT_OUT in row["missing"].values()]
+
+    def fill(self, row, name, measure, *args):
+        """Puts the figures of measure(*args) into a row, or why there are none."""
+        try:
+            row |= measure(*args)
+            del row["missing"][name]
+        except TimeoutError:
+            pass  # it stays left out
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            row["missing"][name] = NO_MEMORY
+        self.save()
+
+    def save(self):
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def decode_rows(plan, weights_bytes, limit):
+    """A row for each batch and context, in which nothing is measured yet."""
+    rows = []
+    for batch in plan.batches:
+        for context in plan.contexts:
+            size = cache_bytes(plan, batch, context)
+            reason = LEFT_OUT if weights_bytes + size + WORKSPACE <= limit else TOO_LARGE
+            missing = {form.name: reason for form in plan.forms if batch in form.batches}
+            rows.append(
+                {"batch": batch, "context": context, "cache_bytes": size, "missing": missing}
+            )
+    return rows
+
+
+def prefill_rows(plan):
+    return [
+        {"prompt": plan.prompt, "chunk": chunk, "missing": {"prefill": LEFT_OUT}}
+        for chunk in plan.chunks
+    ]
+
+
+def derived(row):
+    """What follows from the times that there are."""
+    ours, plain, without = (row.get(f"{name}_ms") for name in ("cuda", "xla", "without"))
+    found = {}
+    if ours:
+        found["tokens_per_s"] = round(row["batch"] / ours * 1e3, 1)
+    if ours and without:
+        found["attention_share"] = round(1 - without / ours, 4)
+    if plain and without:
+        found["xla_attention_share"] = round(1 - without / plain, 4)
+    return found
+
+
+# -------------------- The programs
+
+
+class Programs:
+    """Compiles in the background what is asked for, in that order."""
+
+    def __init__(self, plan, params, budget):
+        self.plan, self.params, self.budget = plan, params, budget
+        self.pool = concurrent.futures.ThreadPoolExecutor(COMPILED_AT_A_TIME)
+        self.started = {}
+
+    def start(self, key, lower, *args):
+        """lower(self, *args) is the lowered program."""
+        if self.budget.for_compiling():
+            self.started[key] = self.pool.submit(compiled, lower(self, *args))
+
+    def finish(self):
+        """Waits until nothing is compiled any more; what has not begun in time is left out."""
+        concurrent.futures.wait(self.started.values(), self.budget.for_compiling())
+        self.pool.shutdown(cancel_futures=True)
+
+    def get(self, key):
+        """(the compiled program, how many seconds that took).
+
+        Raises:
+          TimeoutError: there was no time for it, or there is none left.
+        """
+        if key not in self.started or self.started[key].cancelled() or not self.budget.left():
+            raise TimeoutError
+        return self.started[key].result()
+
+
+class Budget:
+    """Seconds that are left, in all and for compiling."""
+
+    def __init__(self, seconds):
+        self.began, self.seconds = time.monotonic(), seconds
+
+    def left(self):
+        return max(self.began + self.seconds - time.monotonic(), 0)
+
+    def for_compiling(self):
+        return max(self.left() - COMPILING_ENDS * self.seconds, 0)
+
+
+def compiled(lowered):
+    began = time.perf_counter()
+    program = lowered.compile()
+    return program, time.perf_counter() - began
+
+
+def abstract_state(plan, batch, longest):
+    """The shapes of what make_state makes."""
+    blocks = -(-longest // PAGE)
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    pages = plan.config.layers * batch * blocks
+    return State(
+        jax.ShapeDtypeStruct((pages, PAGE, 1, plan.config.entry_dim), jnp.dtype(plan.dtype)),
+        jax.ShapeDtypeStruct((batch, blocks), jnp.int32),
+        row,
+        row,
+        jax.ShapeDtypeStruct((batch,), bool),
+        jax.eval_shape(lambda: jax.random.key(2)),
+    )
 
 
 def make_state(plan, batch, longest):
     """A batch whose pages are full of random numbers, its lengths still to be set."""
-    config, blocks = plan.config, longest // PAGE
-    pages = batch * blocks
-    table = np.random.default_rng(0).permutation(pages).astype(np.int32).reshape(batch, blocks)
+    config, like = plan.config, abstract_state(plan, batch, longest)
+    pages = like.block_table.size
+    table = np.random.default_rng(0).permutation(pages).astype(np.int32)
 
     @jax.jit
     def fill(key):
-        shape = (FILLING_PAGES, PAGE, 1, config.entry_dim)
+        shape = (FILLING_PAGES, *like.cache.shape[1:])
         some = jax.random.normal(key, shape, jnp.float32).astype(plan.dtype)
         return some[jnp.arange(config.layers * pages) % FILLING_PAGES]
 
-    zeros = jnp.zeros(batch, jnp.int32)
-    cache = fill(jax.random.key(1))
-    return State(cache, jnp.asarray(table), zeros, zeros, zeros > 0, jax.random.key(2))
+    return State(
+        fill(jax.random.key(1)),
+        jnp.asarray(table.reshape(like.block_table.shape)),
+        *(jnp.zeros(batch, x.dtype) for x in (like.lengths, like.token, like.done)),
+        jax.random.key(2),
+    )
 
 
 def without_attention(q, k_cache, block_table, cache_seqlens, head_dim_v, *args, **kwargs):
     return q[..., :head_dim_v], None
 
 
-def compile_form(plan, params, state, form, implementation, steps):
-    """(the compiled loop, seconds that it took)."""
-    decoder = Decoder(params, plan.config, implementation=implementation)
-    attention = without_attention if form == "without" else model.flash_mla_with_kvcache
-    began = time.perf_counter()
+def lower_form(programs, form, batch, longest):
+    decoder = Decoder(programs.params, programs.plan.config, implementation=form.implementation)
+    attention = without_attention if form.name == "without" else model.flash_mla_with_kvcache
     with mock.patch.object(model, "flash_mla_with_kvcache", attention):
-        compiled = decoder.program(steps).lower(params, state).compile()
-    return compiled, time.perf_counter() - began
+        state = abstract_state(programs.plan, batch, longest)
+        lowered = decoder.program(form.steps).lower(programs.params, state)
+    kernels = "jax_flashmla_dense_decode" in lowered.as_text()
+    if form.name == "cuda" and form.implementation == "auto" and not kernels:
+        raise SystemExit("there are no kernels here; --smoke runs anywhere")
+    return lowered
 
 
-def time_form(compiled, params, state, context, steps, bursts):
-    """(milliseconds a step, the state): the context is what the last step sees."""
-    times = []
-    for burst in range(1 + bursts):  # the first one loads what the program needs
-        batch = state.block_table.shape[0]
-        state = dataclasses.replace(
-            state,
-            lengths=jnp.full(batch, context - steps, jnp.int32),
-            token=jnp.arange(batch, dtype=jnp.int32),
+def lower_prefill(programs, chunk, implementation):
+    plan = programs.plan
+    decoder = Decoder(programs.params, plan.config, chunk=chunk, implementation=implementation)
+    state = abstract_state(plan, 1, plan.prompt)
+    tokens, end = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, chunk), (1,)))
+    return decoder.read_program.lower(programs.params, state, tokens, end)
+
+
+# -------------------- Timing
+
+
+class Batch:
+    """A state that is made when it is needed: donation uses it up, and failure too."""
+
+    def __init__(self, plan, batch, longest):
+        self.make = lambda: make_state(plan, batch, longest)
+        self.state = None
+
+    def seconds(self, run, lengths):
+        """Of run(state) -> state, from that length of all sequences on."""
+        state, self.state = self.state, None
+        state = self.make() if state is None else state
+        batch = len(state.lengths)
+        state = jax.block_until_ready(
+            dataclasses.replace(
+                state,
+                lengths=jnp.full(batch, lengths, jnp.int32),
+                token=jnp.arange(batch, dtype=jnp.int32),
+            )
         )
-        jax.block_until_ready(state)
         began = time.perf_counter()
-        _, state = jax.block_until_ready(compiled(params, state))
-        if burst:
-            times.append((time.perf_counter() - began) / steps * 1e3)
-    return statistics.median(times), state
+        self.state = jax.block_until_ready(run(state))
+        return time.perf_counter() - began
+
+    def median(self, run, lengths, bursts):
+        """The first burst does not count: it loads what the program needs."""
+        return statistics.median([self.seconds(run, lengths) for _ in range(1 + bursts)][1:])
 
 
-def measure_batch(plan, params, batch, contexts):
-    """{context: row} of one batch size."""
-    rows = {context: {"batch": batch, "context": context} for context in contexts}
-    state = make_state(plan, batch, max(contexts))
-    for form, implementation, steps, bursts in plan.forms:
-        compiled, seconds = compile_form(plan, params, state, form, implementation, steps)
-        kernels = "jax_flashmla_dense_decode" in compiled.as_text()
-        if form == "cuda" and implementation == "auto" and not kernels:
-            raise SystemExit("there are no kernels here; --smoke runs anywhere")
-        memory = compiled.memory_analysis()
-        for context in contexts:
-            ms, state = time_form(compiled, params, state, context, steps, bursts)
-            rows[context] |= {
-                f"{form}_ms": round(ms, 4),
-                f"{form}_temporary_bytes": memory.temp_size_in_bytes,
-            }
-            print(f"{batch:4d} x {context:6d}  {form:8s} {ms:9.3f} ms a step "
-                  f"(compiled in {seconds:.0f} s)", flush=True)  # fmt: skip
-        del compiled
+def measure_form(programs, form, state, row):
+    """The figures of one form in one row: the context is what the last step sees."""
+    program, compile_seconds = programs.get((form.name, row["batch"]))
+    seconds = state.median(
+        lambda state: program(programs.params, state)[1], row["context"] - form.steps, form.bursts
+    )
+    ms = seconds / form.steps * 1e3
     stats = jax.devices()[0].memory_stats() or {}
-    for context, row in rows.items():
-        base = row["without_ms"]
-        row |= {
-            "tokens_per_s": round(batch / row["cuda_ms"] * 1e3, 1),
-            "attention_share": round(1 - base / row["cuda_ms"], 4),
-            "xla_attention_share": round(1 - base / row["xla_ms"], 4),
-            "cache_bytes": cache_bytes(plan, batch, context),
-            "peak_bytes": stats.get("peak_bytes_in_use"),
-        }
-    return rows
+    print(f"{row['batch']:4d} x {row['context']:6d}  {form.name:8s} {ms:9.3f} ms a step "
+          f"(compiled in {compile_seconds:.0f} s)", flush=True)  # fmt: skip
+    found = {
+        f"{form.name}_ms": round(ms, 4),
+        f"{form.name}_temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+    return found | derived(row | found)
 
 
-def kept_rows(path, head, batches):
-    """The rows of other batches, if the file is of the same device, commit and model."""
-    old = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    if any(old.get(key) != head[key] for key in ("device", "commit", "model")):
-        return []
-    return [row for row in old["rows"] if row["batch"] not in batches]
+def measure_prefill(programs, state, row):
+    """A prompt of random tokens, chunk by chunk."""
+    program, compile_seconds = programs.get(("prefill", row["chunk"]))
+    rng, chunk = np.random.default_rng(1), row["chunk"]
+    tokens = rng.integers(0, programs.plan.config.vocab, (1, chunk), np.int32)
+
+    def read(state):
+        for end in range(chunk, row["prompt"] + 1, chunk):
+            state = program(programs.params, state, tokens, np.array([end], np.int32))
+        return state
+
+    seconds = state.median(read, 0, 3)
+    print(f"prompt {row['prompt']} by {chunk:4d}  {seconds * 1e3:9.1f} ms "
+          f"(compiled in {compile_seconds:.0f} s)", flush=True)  # fmt: skip
+    return {
+        "ms": round(seconds * 1e3, 3),
+        "tokens_per_s": round(row["prompt"] / seconds, 1),
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def measure(plan, params, results, budget):
+    """All that is left out in the results, as far as the time goes."""
+    rows, prompts = results.wanted("rows"), results.wanted("prefill")
+    programs, longest = Programs(plan, params, budget), {}
+    for row in rows:
+        longest[row["batch"]] = max(row["context"], longest.get(row["batch"], 0))
+    for form in plan.forms:
+        for batch, context in longest.items():
+            if batch in form.batches:
+                programs.start((form.name, batch), lower_form, form, batch, context)
+    for row in prompts:
+        programs.start(
+            ("prefill", row["chunk"]), lower_prefill, row["chunk"], plan.forms[0].implementation
+        )
+    programs.finish()
+    for batch, context in longest.items():
+        state = Batch(plan, batch, context)
+        for form in plan.forms:
+            for row in rows:
+                if row["batch"] == batch and row["missing"].get(form.name) == LEFT_OUT:
+                    results.fill(row, form.name, measure_form, programs, form, state, row)
+        del state  # before there is another cache
+    state = Batch(plan, 1, plan.prompt)
+    for row in prompts:
+        results.fill(row, "prefill", measure_prefill, programs, state, row)
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, help=f"results file ({RESULTS})")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--batches", help="as 1,32; default all; the file keeps the others")
+    parser.add_argument("--budget", type=float, default=225, help="stop after so many seconds")
     parser.add_argument("--commit", help="commit to record, where there is no .git")
     options = parser.parse_args(argv)
     if not options.smoke and options.out is None:
@@ -177,39 +396,29 @@ def parse_arguments(argv):
 
 def main(argv=None):
     options = parse_arguments(argv)
+    budget = Budget(options.budget)
     if options.smoke:
         jax.config.update("jax_platforms", "cpu")
     plan = smoke_plan() if options.smoke else full_plan()
-    if options.batches:
-        plan = dataclasses.replace(plan, batches=tuple(map(int, options.batches.split(","))))
     device = jax.devices()[0]
     params = jax.block_until_ready(
         random_weights(plan.config, jax.random.key(0), jnp.dtype(plan.dtype))
     )
     limit = (device.memory_stats() or {}).get("bytes_limit", 1e12)
-    results = {
+    head = {
         "device": f"{device.device_kind}, jax {jax.__version__}",
         "commit": commit_of(options),
         "model": NAME,
         "weights_bytes": bytes_of(params),
         "bytes_limit": limit,
     }
-    results["rows"] = kept_rows(options.out, results, plan.batches)
-    print(f"{results['device']}: {results['weights_bytes'] / 1e9:.1f} GB of weights")
-    for batch in plan.batches:
-        fitting = contexts_that_fit(plan, batch, params, limit)
-        rows = measure_batch(plan, params, batch, fitting) if fitting else {}
-        for context in plan.contexts:
-            too_large = {
-                "batch": batch,
-                "context": context,
-                "cache_bytes": cache_bytes(plan, batch, context),
-            }
-            results["rows"].append(rows.get(context, too_large))
-        results["rows"].sort(key=lambda row: (row["batch"], row["context"]))
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{head['device']}: {head['weights_bytes'] / 1e9:.1f} GB of weights", flush=True)
+    results = Results(options.out, head, plan, limit)
+    results.save()
+    measure(plan, params, results, budget)
+    left_out = len(results.wanted("rows")) + len(results.wanted("prefill"))
+    if left_out:
+        print(f"out of time: figures of {left_out} rows are left out; run it again for them")
     return 0
 
 

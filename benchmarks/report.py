@@ -300,24 +300,22 @@ def growth_section(results, plot):
 
 def model_section(results):
     """A whole model's step; nothing where none was measured."""
-    cells = [
-        [
+
+    def share(value):
+        return "" if value is None else f"{value:.0%}"
+
+    def one_row(row):
+        ours, plain, peak = (row.get(key) for key in ("cuda_ms", "xla_ms", "peak_bytes"))
+        return [
             f"{row['batch']} x {row['context']}", f"{row['cache_bytes'] / 1e9:.1f}",
-            *(
-                [
-                    number(row["cuda_ms"], 2), number(row["tokens_per_s"], 0),
-                    f"{row['attention_share']:.0%}", number(row["xla_ms"], 2),
-                    f"{row['xla_attention_share']:.0%}",
-                    number(row["xla_ms"] / row["cuda_ms"], 1),
-                    number(row["peak_bytes"] and row["peak_bytes"] / 1e9, 1),
-                ]
-                if "cuda_ms" in row
-                else ["does not fit", *[""] * 6]
-            ),
-        ]
-        for row in results["rows"]
-    ]  # fmt: skip
-    return section(
+            number(ours, 2) or row["missing"]["cuda"], number(row.get("tokens_per_s"), 0),
+            share(row.get("attention_share")), number(plain, 2) or row["missing"].get("xla", ""),
+            share(row.get("xla_attention_share")),
+            number(plain / ours if ours and plain else None, 1),
+            number(peak and peak / 1e9, 1),
+        ]  # fmt: skip
+
+    decode = section(
         "In a whole model",
         f"`python benchmarks/model.py` on {results['device']}, commit `{results['commit']}`: "
         "examples/deepseek\nwith random weights of DeepSeek-V2-Lite's dimensions "
@@ -326,8 +324,24 @@ def model_section(results):
         "goes when attention is left out. GB: the cache, and the most that was in use up to then.",
         ["batch x context", "cache GB", "ms a step", "tokens/s", "share of attention",
          "plain JAX: ms a step", "share", "times", "peak GB"],
-        cells,
+        [one_row(row) for row in results["rows"]],
     )  # fmt: skip
+    prompts = section(
+        "Reading a prompt",
+        "The same model reads a prompt of random tokens, alone, in chunks: each is a step with "
+        "that many\nqueries, through the same op.",
+        ["prompt", "tokens a chunk", "ms", "tokens/s", "temporary GB"],
+        [
+            [
+                str(row["prompt"]), str(row["chunk"]),
+                number(row.get("ms"), 1) or row["missing"]["prefill"],
+                number(row.get("tokens_per_s"), 0),
+                number(row["temporary_bytes"] / 1e9 if "ms" in row else None, 2),
+            ]
+            for row in results["prefill"]
+        ],
+    )  # fmt: skip
+    return f"{decode}\n{prompts}"
 
 
 def page_text(results, file, plot, growth_plot, model=None):

@@ -526,29 +526,78 @@ def test_the_benchmark_of_two_devices_runs(tmp_path):
     assert [row["exchanged_bytes"] for row in rows] == [0, 0, exchanged]
 
 
-def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, bench, report):
-    results = tmp_path / "cpu_model.json"
-    command = [sys.executable, BENCHMARKS / "model.py", "--smoke", "--out", results]
+def run_model_benchmark(*arguments):
+    command = [sys.executable, BENCHMARKS / "model.py", "--smoke", *map(str, arguments)]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=quick)
+    done = subprocess.run(command, check=True, capture_output=True, timeout=300, env=quick)
+    return done.stdout.decode()
+
+
+def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, report):
+    results = tmp_path / "cpu_model.json"
+    run_model_benchmark("--out", results)
     data = json.loads(results.read_text())
     assert [(row["batch"], row["context"]) for row in data["rows"]] == [
         (1, 64), (1, 128), (2, 64), (2, 128),
     ]  # fmt: skip
     for row in data["rows"]:
+        assert row["missing"] == {}
         assert row["cache_bytes"] == row["batch"] * row["context"] * 2 * 576 * 4
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["cuda_ms"] * 1e3, rel=1e-3)
-        without, share = row["without_ms"], row["xla_attention_share"]
-        assert share == pytest.approx(1 - without / row["xla_ms"], abs=1e-3)
-    row = data["rows"][3]
-    data["rows"].append({"batch": 2, "context": 256, "cache_bytes": 3e9})
+        assert ("xla_ms" in row) == (row["batch"] == 1)
+        without, share = row["without_ms"], row["attention_share"]
+        assert share == pytest.approx(1 - without / row["cuda_ms"], abs=1e-3)
+    for row in data["prefill"]:
+        assert row["tokens_per_s"] == pytest.approx(64 / row["ms"] * 1e3, rel=1e-2)
     text = report.model_section(data)
+    row = data["rows"][3]
     assert f"| 2 x 128 | 0.0 | {row['cuda_ms']:.2f} | {row['tokens_per_s']:.0f} |" in text
-    assert "| 2 x 256 | 3.0 | does not fit |" in text
-    kept_rows = bench("model").kept_rows
-    assert [row["batch"] for row in kept_rows(results, data, (1,))] == [2, 2]
-    assert kept_rows(results, data | {"commit": "0"}, (1,)) == []
-    assert kept_rows(tmp_path / "none.json", data, (1,)) == []
+    row = data["prefill"][1]
+    assert f"| 64 | 32 | {row['ms']:.1f} | {row['tokens_per_s']:.0f} |" in text
+
+
+def test_the_benchmark_of_a_model_says_what_it_left_out(tmp_path, report):
+    results = tmp_path / "cpu_model.json"
+    assert "figures of 6 rows are left out" in run_model_benchmark("--out", results, "--budget", 0)
+    data = json.loads(results.read_text())
+    names = {"cuda": "left out", "without": "left out"}
+    assert [row["missing"] for row in data["rows"]] == [names | {"xla": "left out"}] * 2 + [
+        names
+    ] * 2
+    text = report.model_section(data)
+    assert "| 1 x 64 | 0.0 | left out |  |  | left out |" in text
+    assert "| 64 | 16 | left out |" in text
+
+
+def test_results_of_a_model(tmp_path, bench):
+    """A figure, no memory, no time; a file of the same commit is gone on from."""
+    model = bench("model")
+    plan, path = model.smoke_plan(), tmp_path / "results.json"
+    head = {"device": "d", "commit": "c", "model": "m", "weights_bytes": 0}
+    limit = model.WORKSPACE + model.cache_bytes(plan, 2, 64)
+    results = model.Results(path, head, plan, limit)
+    assert [row["missing"].get("cuda") for row in results.data["rows"]] == [
+        "left out", "left out", "left out", "does not fit",
+    ]  # fmt: skip
+
+    def raising(error):
+        raise error
+
+    first, second, third, _ = results.data["rows"]
+    results.fill(first, "cuda", lambda ms: {"cuda_ms": ms}, 2.0)
+    full = model.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    results.fill(second, "cuda", raising, full)
+    results.fill(third, "cuda", raising, TimeoutError())
+    with pytest.raises(model.jax.errors.JaxRuntimeError, match="INTERNAL"):
+        results.fill(third, "without", raising, model.jax.errors.JaxRuntimeError("INTERNAL"))
+    again = model.Results(path, head, plan, limit)
+    assert again.data["rows"][0]["cuda_ms"] == 2.0
+    assert [row["missing"].get("cuda") for row in again.data["rows"]] == [
+        None, "out of memory", "left out", "does not fit",
+    ]  # fmt: skip
+    assert again.wanted("rows") == again.data["rows"][:3]
+    fresh = model.Results(path, head | {"commit": "other"}, plan, limit)
+    assert "cuda_ms" not in fresh.data["rows"][0]
 
 
 def test_the_readme_quotes_the_results():
