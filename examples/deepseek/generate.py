@@ -158,7 +158,8 @@ def serve(batcher, prompts, max_tokens, *, seed=0, show=lambda answer: None):
     """
     began = time.perf_counter()
     requests = [
-        batcher.submit(prompt, max_tokens, seed=seed + i) for i, prompt in enumerate(prompts)
+        batcher.submit(prompt, max_tokens, seed=(seed + i) % 2**32)
+        for i, prompt in enumerate(prompts)
     ]
     while batcher.busy:
         if requests[0] in batcher.step():
