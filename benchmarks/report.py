@@ -320,8 +320,9 @@ def model_section(results):
         f"`python benchmarks/model.py` on {results['device']}, commit `{results['commit']}`: "
         "examples/deepseek\nwith random weights of DeepSeek-V2-Lite's dimensions "
         f"({results['weights_bytes'] / 1e9:.1f} GB in bfloat16), a greedy step of\nthe whole "
-        "model, beside the same model with attention in plain JAX. Share: how much of the step\n"
-        "goes when attention is left out. GB: the cache, and the most that was in use up to then.",
+        "model; at batch 1 and 32 beside the same model with attention in plain JAX. Share: how\n"
+        "much of the step goes when attention is left out. GB: the cache, and the most that was in "
+        "use\nup to then.",
         ["batch x context", "cache GB", "ms a step", "tokens/s", "share of attention",
          "plain JAX: ms a step", "share", "times", "peak GB"],
         [one_row(row) for row in results["rows"]],

@@ -618,6 +618,19 @@ def test_the_readme_quotes_the_results():
             assert cell.strip() == f"{row['us']:.1f} ({share}, {row['ratio']:.2f}x)"
 
 
+def test_the_readme_quotes_the_model():
+    results = json.loads((BENCHMARKS / "results/h200_model.json").read_text())
+    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
+    quoted = re.search(
+        r"(\d+) sequences of (\d+) tokens, a step of the whole model takes (\S+) ms; with "
+        r"attention in plain JAX it takes (\S+) ms",
+        text,
+    )
+    batch, context = map(int, quoted.groups()[:2])
+    (row,) = (r for r in results["rows"] if (r["batch"], r["context"]) == (batch, context))
+    assert quoted.groups()[2:] == (f"{row['cuda_ms']:.1f}", f"{row['xla_ms']:.1f}")
+
+
 def test_the_docs_quote_the_results_on_two_gpus():
     results = json.loads((BENCHMARKS / "results/h200_x2.json").read_text())
     text = (BENCHMARKS.parent / "docs/parallelism.md").read_text()
