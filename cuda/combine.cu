@@ -8,10 +8,10 @@
 //
 // Schedule: a block looks at one request, or, where there are more requests than parts, at one
 // boundary between parts: it lies inside a request, and is the first to do so, or not. Blocks that
-// find nothing to do leave at once. Two shapes of work, by what is known at launch: with many
-// requests each has few splits, and a warp makes a whole row; with few requests up to 16 warps make
-// a quarter of a row, sharing the splits, all of which are in flight at once. How many warps that
-// takes is only seen on the device; the fewer, the fewer blocks have anything to do.
+// find nothing to do leave at once. The shape of the work is chosen by what is known at launch:
+// with many requests each has few splits, and a warp makes a whole row; with few requests several
+// warps make a quarter of a row, sharing the splits, all of which are in flight at once. How many
+// warps that takes is only seen on the device; the fewer, the fewer blocks have anything to do.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -201,8 +201,9 @@ __device__ __forceinline__ void CombineQuarterRow(const CombineParams& params,
     sum[0].w += partial[warp + w][lane].w;
   }
   WriteColumns<T>(params, request.request, kv_head, row, column, sum[0]);
-  if (lane == 0 && quarter % kColumnBlocks == 0)
+  if (lane == 0 && quarter % kColumnBlocks == 0) {
     WriteLse(params, request.request, kv_head, row, total);
+  }
 }
 
 // Warps for a quarter of a row, so that each has all of its splits in flight at once.

@@ -106,7 +106,8 @@ __device__ __forceinline__ int MinPartTiles(int total, int rows) {
   return tiles;
 }
 
-// The sum of the costs of part p's requests, and the cost of part p.
+// The sum of the costs of part p's requests, and the cost of part p if no split is made larger than
+// it must be: min_tiles makes none larger than the payload, which is as large.
 __device__ int RequestsCost(const SchedulerParams& params, Alignment aligned, int p, int* part) {
   const int first = min(p * aligned.requests, params.batch);
   const int last = min(first + aligned.requests, params.batch);
