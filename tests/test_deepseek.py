@@ -91,7 +91,8 @@ V3 = {
     # Not a class of its own in transformers: DeepSeek-V3's layers, without groups.
     "kimi-k2": (
         {"n_group": 1, "topk_group": 1, "n_routed_experts": 12, "rope_theta": 50000.0,
-         "rope_scaling": {**YARN, "mscale_all_dim": 1.0}, "routed_scaling_factor": 2.827},
+         "rope_scaling": {**YARN, "beta_fast": 1, "mscale_all_dim": 1.0},
+         "routed_scaling_factor": 2.827},
         {"model_type": "kimi_k2"},
     ),
 }  # fmt: skip

@@ -215,11 +215,13 @@ def _require(hf, key, allowed):
         raise ValueError(f"config.json: {key} is {value!r}, supported is {expected}")
 
 
-def _preset(model_type, mscale, factor, **keys):
+def _preset(model_type, mscale, factor, beta_fast=32, **keys):
     yarn = {
         "type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": 4096,
+        "beta_fast": beta_fast,
+        "beta_slow": 1,
         "mscale": mscale,
         "mscale_all_dim": mscale,
     }
@@ -247,10 +249,10 @@ PRESETS = {
         first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
     ),
     "kimi-k2": _preset(
-        "kimi_k2", 1.0, 32, vocab_size=163840, hidden_size=7168, intermediate_size=18432,
-        moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=64,
-        q_lora_rank=1536, n_shared_experts=1, n_routed_experts=384, num_experts_per_tok=8,
-        first_k_dense_replace=1, n_group=1, topk_group=1, routed_scaling_factor=2.827,
-        rope_theta=50000.0,
+        "kimi_k2", 1.0, 32, beta_fast=1, vocab_size=163840, hidden_size=7168,
+        intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+        num_attention_heads=64, q_lora_rank=1536, n_shared_experts=1, n_routed_experts=384,
+        num_experts_per_tok=8, first_k_dense_replace=1, n_group=1, topk_group=1,
+        routed_scaling_factor=2.827, rope_theta=50000.0,
     ),
 }  # fmt: skip
