@@ -12,6 +12,7 @@ namespace jax_flashmla {
 extern "C" {
 XLA_FFI_Error* TileScheduler(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* DenseDecode(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* ScheduleAndDecode(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* AppendKv(XLA_FFI_CallFrame* call_frame);
 }
 
@@ -25,6 +26,7 @@ nb::dict Handlers() {
   nb::dict handlers;
   handlers["jax_flashmla_tile_scheduler"] = Capsule(TileScheduler);
   handlers["jax_flashmla_dense_decode"] = Capsule(DenseDecode);
+  handlers["jax_flashmla_schedule_and_decode"] = Capsule(ScheduleAndDecode);
   handlers["jax_flashmla_append_kv"] = Capsule(AppendKv);
   return handlers;
 }

@@ -53,6 +53,7 @@
 #include "dense_decode/value.cuh"
 #include "ffi.h"
 #include "tensor_map.h"
+#include "tile_scheduler.h"
 
 namespace jax_flashmla {
 namespace {
@@ -215,12 +216,12 @@ ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
                        "an axis of q or k_cache is too long: " + std::to_string(largest));
 }
 
-ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
-                           ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
-                           I32<2> part_bounds, I32<1> first_part, I32<1> num_splits,
-                           std::optional<I32<1>> causal_offset, ffi::Result<ffi::AnyBuffer> out,
-                           F32Result<3> lse, F32Result<4> o_partial, F32Result<3> lse_partial,
-                           float softmax_scale, bool causal) {
+// With `make_schedule` the three buffers of the schedule are scratch, in which it is made first.
+ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
+                  I32<2> block_table, I32<1> cache_seqlens, bool make_schedule, I32<2> part_bounds,
+                  I32<1> first_part, I32<1> num_splits, std::optional<I32<1>> causal_offset,
+                  ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse, F32Result<4> o_partial,
+                  F32Result<3> lse_partial, float softmax_scale, bool causal) {
   JAX_FLASHMLA_CHECK(CheckOperands(q, k_cache));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   const int64_t batch = q_dims[0], kv_heads = q_dims[1], rows = q_dims[2];
@@ -273,9 +274,38 @@ ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q
       .scale_log2 = softmax_scale * kLog2e,
       .causal = causal,
   };
+  // From the same handler as decode, whose launch and prologue overlap with it so: between the
+  // calls of two handlers a CUDA graph of XLA's has a full dependency.
+  if (make_schedule) {
+    JAX_FLASHMLA_CHECK(LaunchTileScheduler(stream, cache_seqlens, part_bounds, first_part,
+                                           num_splits, kv_heads * rows));
+  }
   return q.element_type() == ffi::DataType::BF16
              ? Launch<__nv_bfloat16>(q_map, k_map, params, stream)
              : Launch<__half>(q_map, k_map, params, stream);
+}
+
+ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
+                           ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
+                           I32<2> part_bounds, I32<1> first_part, I32<1> num_splits,
+                           std::optional<I32<1>> causal_offset, ffi::Result<ffi::AnyBuffer> out,
+                           F32Result<3> lse, F32Result<4> o_partial, F32Result<3> lse_partial,
+                           float softmax_scale, bool causal) {
+  return Decode(stream, device, q, k_cache, block_table, cache_seqlens, /*make_schedule=*/false,
+                part_bounds, first_part, num_splits, causal_offset, out, lse, o_partial,
+                lse_partial, softmax_scale, causal);
+}
+
+ffi::Error ScheduleAndDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
+                                 ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
+                                 std::optional<I32<1>> causal_offset,
+                                 ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
+                                 F32Result<4> o_partial, F32Result<3> lse_partial,
+                                 I32Result<2> part_bounds, I32Result<1> first_part,
+                                 I32Result<1> num_splits, float softmax_scale, bool causal) {
+  return Decode(stream, device, q, k_cache, block_table, cache_seqlens, /*make_schedule=*/true,
+                *part_bounds, *first_part, *num_splits, causal_offset, out, lse, o_partial,
+                lse_partial, softmax_scale, causal);
 }
 
 }  // namespace
@@ -296,6 +326,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
                                   .Ret<F32<3>>()
                                   .Ret<F32<4>>()
                                   .Ret<F32<3>>()
+                                  .Attr<float>("softmax_scale")
+                                  .Attr<bool>("causal"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ScheduleAndDecode, ScheduleAndDecodeImpl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Stream>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<I32<2>>()
+                                  .Arg<I32<1>>()
+                                  .OptionalArg<I32<1>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<F32<3>>()
+                                  .Ret<F32<4>>()
+                                  .Ret<F32<3>>()
+                                  .Ret<I32<2>>()
+                                  .Ret<I32<1>>()
+                                  .Ret<I32<1>>()
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal"),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -15,6 +15,7 @@
 #include "ffi.h"
 #include "mla.cuh"
 #include "sm90/cta.cuh"
+#include "tile_scheduler.h"
 
 namespace jax_flashmla {
 namespace {
@@ -203,29 +204,34 @@ ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_s
                              I32Result<2> part_bounds, I32Result<1> first_part,
                              I32Result<1> num_splits, int64_t rows) {
   JAX_FLASHMLA_CHECK(CheckDevice(kOp, device));
+  return LaunchTileScheduler(stream, cache_seqlens, *part_bounds, *first_part, *num_splits, rows);
+}
+
+}  // namespace
+
+ffi::Error LaunchTileScheduler(cudaStream_t stream, I32<1> cache_seqlens, I32<2> part_bounds,
+                               I32<1> first_part, I32<1> num_splits, int64_t rows) {
   const int64_t batch = cache_seqlens.dimensions()[0];
-  const int64_t num_parts = part_bounds->dimensions()[0] - 1;
+  const int64_t num_parts = part_bounds.dimensions()[0] - 1;
   JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, kOp, "there must be an SM part"));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "part_bounds", part_bounds->dimensions(), {num_parts + 1, 2}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", first_part->dimensions(), {batch}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", num_splits->dimensions(), {batch + 1}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "part_bounds", part_bounds.dimensions(), {num_parts + 1, 2}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", first_part.dimensions(), {batch}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", num_splits.dimensions(), {batch + 1}));
   constexpr int64_t kMaxBatch = 1 << 24;
   JAX_FLASHMLA_CHECK(CheckArgument(batch <= kMaxBatch, kOp, "the batch must be at most 2^24"));
   JAX_FLASHMLA_CHECK(CheckArgument(rows >= 1 && rows <= std::numeric_limits<int32_t>::max(), kOp,
                                    "the query rows must fit into int32"));
   const SchedulerParams params = {
       .cache_seqlens = cache_seqlens.typed_data(),
-      .part_bounds = reinterpret_cast<PartBound*>(part_bounds->typed_data()),
-      .first_part = first_part->typed_data(),
-      .num_splits = num_splits->typed_data(),
+      .part_bounds = reinterpret_cast<PartBound*>(part_bounds.typed_data()),
+      .first_part = first_part.typed_data(),
+      .num_splits = num_splits.typed_data(),
       .batch = static_cast<int32_t>(batch),
       .num_parts = static_cast<int32_t>(num_parts),
       .rows = static_cast<int32_t>(rows),
   };
   return LaunchOverlapped(kOp, stream, {.grid = 1, .block = kThreads}, TileSchedulerKernel, params);
 }
-
-}  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(TileScheduler, TileSchedulerImpl,
                               ffi::Ffi::Bind()

@@ -25,7 +25,12 @@ else:
 COMPUTE_CAPABILITY = "9.0"
 """The kernels use instructions that only this compute capability (Hopper) has."""
 
-TARGETS = ("jax_flashmla_append_kv", "jax_flashmla_dense_decode", "jax_flashmla_tile_scheduler")
+TARGETS = (
+    "jax_flashmla_append_kv",
+    "jax_flashmla_dense_decode",
+    "jax_flashmla_schedule_and_decode",
+    "jax_flashmla_tile_scheduler",
+)
 """The names of the kernels in programs; also those that were not built here."""
 
 EXPORT_DISABLED_CHECKS = tuple(map(export.DisabledSafetyCheck.custom_call, TARGETS))

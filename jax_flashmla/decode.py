@@ -14,7 +14,7 @@ from ._checks import (
     static_positive_float,
 )
 from ._primitive import Op
-from .schedule import TileSchedulerMetadata, get_mla_metadata, get_mla_metadata_op
+from .schedule import TileSchedulerMetadata, default_num_parts, get_mla_metadata_op
 
 KERNEL_HEAD_DIMS = (576, 512)  # (d_k, d_v)
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
@@ -54,8 +54,8 @@ def flash_mla_with_kvcache(
       cache_seqlens: i32 [b], tokens of each sequence, those of q included.
       head_dim_v: d_v, at most d_k.
       tile_scheduler_metadata, num_splits: the schedule from `get_mla_metadata`, made once a step
-        for all layers; without both of them the op makes it. One made for other lengths gives
-        right results as well, only slower.
+        for all layers; without both of them each call makes its own. One made for other lengths
+        gives right results as well, only slower.
       softmax_scale: a static Python number, finite and above 0; default d_k ** -0.5.
       causal: query i of a sequence sees its first cache_seqlens - s_q + 1 + i tokens.
       causal_offset: i32 [b], default 0, only with causal: moves that boundary, so that query i
@@ -102,26 +102,28 @@ def flash_mla_with_kvcache(
             f"both or neither, got None for {missing}"
         )
     if tile_scheduler_metadata is None:
-        tile_scheduler_metadata, num_splits = get_mla_metadata(
-            cache_seqlens, rows, h_kv, implementation=implementation
-        )
-    num_splits = jnp.asarray(num_splits)
-    _check_metadata(tile_scheduler_metadata, num_splits, b, rows, h_kv)
+        schedule, fixed_split_size = (), None
+        num_parts = default_num_parts(static_int("s_q * h_q / h_kv", rows), h_kv)
+    else:
+        num_splits = jnp.asarray(num_splits)
+        _check_metadata(tile_scheduler_metadata, num_splits, b, rows, h_kv)
+        metadata, num_parts = tile_scheduler_metadata, None
+        schedule = (metadata.part_bounds, metadata.first_part, num_splits)
+        fixed_split_size = metadata.fixed_split_size
 
     out, lse = flash_mla_with_kvcache_op(
         q,
         k_cache,
         block_table,
         cache_seqlens,
-        tile_scheduler_metadata.part_bounds,
-        tile_scheduler_metadata.first_part,
-        num_splits,
+        *schedule,
         *_optional(causal_offset),
         head_dim_v=d_v,
         softmax_scale=scale,
         # One query sees all keys, unless an offset says otherwise.
         causal=causal and (s_q > 1 or causal_offset is not None),
-        fixed_split_size=tile_scheduler_metadata.fixed_split_size,
+        num_parts=num_parts,
+        fixed_split_size=fixed_split_size,
         implementation=implementation,
     )
     return out, lse
@@ -149,6 +151,15 @@ def _check_shapes(q, k_cache, block_table, cache_seqlens):
 def _optional(operand):
     """The operand that an op has only where it is given."""
     return () if operand is None else (operand,)
+
+
+def _schedule_and_offset(operands, num_parts):
+    """What follows the first four operands: the schedule, three or none, and the offset, or none.
+
+    A call without a schedule has num_parts, for the one that it makes.
+    """
+    count = 3 if num_parts is None else 0
+    return operands[:count], operands[count:]
 
 
 def _check_metadata(metadata, num_splits, b, rows, h_kv):
@@ -186,19 +197,10 @@ def _result_types(q, *_, head_dim_v, **params):
 
 
 def _reference(
-    q,
-    k_cache,
-    block_table,
-    cache_seqlens,
-    part_bounds,
-    first_part,
-    num_splits,
-    causal_offset=None,
-    *,
-    fixed_split_size,
-    **params,
+    q, k_cache, block_table, cache_seqlens, *operands, num_parts, fixed_split_size, **params
 ):
-    return reference.decode(q, k_cache, block_table, cache_seqlens, causal_offset, **params)
+    _, offset = _schedule_and_offset(operands, num_parts)
+    return reference.decode(q, k_cache, block_table, cache_seqlens, *offset, **params)
 
 
 def _kernel(
@@ -206,16 +208,14 @@ def _kernel(
     k_cache,
     block_table,
     cache_seqlens,
-    part_bounds,
-    first_part,
-    num_splits,
-    causal_offset=None,
-    *,
+    *operands,
     head_dim_v,
     softmax_scale,
     causal,
+    num_parts,
     fixed_split_size,
 ):
+    schedule, offset = _schedule_and_offset(operands, num_parts)
     b, s_q, h_q, d_k = q.shape
     h_kv = k_cache.shape[2]
     group = h_q // h_kv
@@ -226,33 +226,33 @@ def _kernel(
             k_cache,
             block_table,
             cache_seqlens,
-            causal_offset,
+            *offset,
             head_dim_v=head_dim_v,
             softmax_scale=softmax_scale,
             causal=causal,
         )
-    slots = 2 * (part_bounds.shape[0] - 1)  # a part has at most two requests that are split
-    call = jax.ffi.ffi_call(
-        "jax_flashmla_dense_decode",
-        [
-            jax.ShapeDtypeStruct((b, h_kv, rows, head_dim_v), q.dtype),
-            jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
-            jax.ShapeDtypeStruct((slots, h_kv, rows, head_dim_v), jnp.float32),
-            jax.ShapeDtypeStruct((slots, h_kv, rows), jnp.float32),
-        ],
-    )
+    parts = schedule[0].shape[0] - 1 if schedule else num_parts
+    slots = 2 * parts  # a part has at most two requests that are split
+    types = [
+        ((b, h_kv, rows, head_dim_v), q.dtype),
+        ((b, h_q, s_q), jnp.float32),
+        ((slots, h_kv, rows, head_dim_v), jnp.float32),
+        ((slots, h_kv, rows), jnp.float32),
+    ]
+    target = "jax_flashmla_dense_decode"
+    if not schedule:
+        target = "jax_flashmla_schedule_and_decode"
+        types += get_mla_metadata_op.result_types(cache_seqlens, num_parts=parts)
+    call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(*type_) for type_ in types])
     # The kernel wants the rows that share a KV head side by side, ordered (s, g).
     if h_kv > 1 and s_q > 1:
         q = q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)
-    out, lse, _, _ = call(
+    out, lse, *_ = call(
         q.reshape(b, h_kv, rows, d_k),
         k_cache,
         block_table,
         cache_seqlens,
-        part_bounds,
-        first_part,
-        num_splits,
-        *_optional(causal_offset),
+        *operands,
         softmax_scale=np.float32(softmax_scale),
         causal=causal,
     )
@@ -277,10 +277,11 @@ def _kernel_gap(q, k_cache, *_, head_dim_v, **params):
     return None
 
 
-def _batch(args, dims, *, fixed_split_size, implementation, **params):
+def _batch(args, dims, *, num_parts, fixed_split_size, implementation, **params):
     """Folds the mapped axis into the batch, with one schedule for all of it."""
     n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    by_sequence = (0, 2, 3, *range(7, len(args)))  # q, table, lengths, the offset if given
+    schedule, offset = _schedule_and_offset(args[4:], num_parts)
+    by_sequence = (0, 2, 3, *range(len(args) - len(offset), len(args)))  # all but the cache
     q, block_table, cache_seqlens, *causal_offset = (
         jnp.broadcast_to(args[i], (n, *args[i].shape))
         if dims[i] is None
@@ -293,16 +294,17 @@ def _batch(args, dims, *, fixed_split_size, implementation, **params):
     q, block_table, cache_seqlens, *causal_offset = (
         x.reshape(-1, *x.shape[2:]) for x in (q, block_table, cache_seqlens, *causal_offset)
     )
-    bounds_shape = [size for axis, size in enumerate(args[4].shape) if axis != dims[4]]
-    num_parts = bounds_shape[0] - 1
-    schedule = get_mla_metadata_op(
-        cache_seqlens,
-        # Splits of a fixed size are as many for each sequence as before.
-        num_parts=num_parts if fixed_split_size is None else n * num_parts,
-        rows=q.shape[1] * q.shape[2],
-        fixed_split_size=fixed_split_size,
-        implementation=implementation,
-    )
+    if schedule:  # made for another batch
+        bounds_shape = [size for axis, size in enumerate(args[4].shape) if axis != dims[4]]
+        parts = bounds_shape[0] - 1
+        schedule = get_mla_metadata_op(
+            cache_seqlens,
+            # Splits of a fixed size are as many for each sequence as before.
+            num_parts=parts if fixed_split_size is None else n * parts,
+            rows=q.shape[1] * q.shape[2],
+            fixed_split_size=fixed_split_size,
+            implementation=implementation,
+        )
     results = flash_mla_with_kvcache_op(
         q,
         k_cache,
@@ -310,6 +312,7 @@ def _batch(args, dims, *, fixed_split_size, implementation, **params):
         cache_seqlens,
         *schedule,
         *causal_offset,
+        num_parts=num_parts,
         fixed_split_size=fixed_split_size,
         implementation=implementation,
         **params,

@@ -99,8 +99,8 @@ def get_mla_metadata(
     if b == 0:
         raise ValueError("cache_seqlens must hold at least one sequence, got shape [0]")
     if fixed_split_size is None and max_seqlen is None:
-        sms = _local_num_sms() if num_sms is None else static_int("num_sms", num_sms)
-        num_parts = max(1, sms // (-(-rows // ROW_TILE) * h_kv))
+        sms = None if num_sms is None else static_int("num_sms", num_sms)
+        num_parts = default_num_parts(rows, h_kv, sms)
     else:
         num_parts = b * _splits_a_request(fixed_split_size, max_seqlen, num_sms)
         fixed_split_size = int(fixed_split_size)
@@ -115,6 +115,13 @@ def get_mla_metadata(
         part_bounds, first_part, b, rows, h_kv, num_parts, fixed_split_size
     )
     return metadata, num_splits
+
+
+def default_num_parts(rows: int, h_kv: int, num_sms: int | None = None) -> int:
+    """The SMs for each row tile of each KV head, of which one has `rows` query rows."""
+    if num_sms is None:
+        num_sms = _local_num_sms()
+    return max(1, num_sms // (-(-rows // ROW_TILE) * h_kv))
 
 
 def _splits_a_request(fixed_split_size, max_seqlen, num_sms) -> int:

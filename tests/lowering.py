@@ -17,8 +17,9 @@ from jax.sharding import AxisType, NamedSharding
 
 import jax_flashmla as fm
 
-DECODE, SCHEDULE, APPEND = (
-    f"jax_flashmla_{name}" for name in ("dense_decode", "tile_scheduler", "append_kv")
+DECODE, SCHEDULE, SCHEDULE_AND_DECODE, APPEND = (
+    f"jax_flashmla_{name}"
+    for name in ("dense_decode", "tile_scheduler", "schedule_and_decode", "append_kv")
 )
 
 

@@ -1,5 +1,6 @@
 """flash_mla_with_kvcache: against float64, on the ground where such kernels have broken, misuse."""
 
+import functools
 import random
 
 import cases
@@ -125,6 +126,47 @@ def test_any_number_of_parts(num_sms, implementation):
     inputs = cases.make_inputs(Case(5, 1, 400, 16, varlen=True))
     metadata = metadata_for(inputs.cache_seqlens, inputs, implementation, num_sms=num_sms)
     check(inputs, implementation, metadata=metadata)
+
+
+# The schedule that a call makes itself.
+
+
+def assert_bit_equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 4096, 16),
+        Case(5, 2, 1500, 128, varlen=True, causal=True),
+        Case(150, 1, 130, 8, varlen=True),
+        Case(8, 2, 700, 8, 2, causal=True, zeros=True),
+    ],
+    ids=str,
+)
+def test_without_metadata_as_with_it(case):
+    """Once, in a loop whose lengths change from turn to turn, and under vmap."""
+    inputs = cases.make_inputs(case)
+    q, k_cache, table, lengths = inputs.device_arrays()
+    options = {"causal": case.causal, "implementation": "cuda"}
+
+    def given(lengths, **limits):
+        metadata = metadata_for(lengths, inputs, "cuda", **limits)
+        return fm.flash_mla_with_kvcache(q, k_cache, table, lengths, D_V, *metadata, **options)
+
+    def made(lengths):
+        return fm.flash_mla_with_kvcache(q, k_cache, table, lengths, D_V, **options)
+
+    assert_bit_equal(made(lengths), given(lengths))
+    with pytest.raises(AssertionError):  # with other splits there are other bits
+        assert_bit_equal(made(lengths), given(lengths, num_sms=1))
+    turns = jnp.stack([lengths // 9, lengths, lengths.at[0].set(0)])
+    for transform in (jax.lax.map, lambda f, turns: jax.vmap(f)(turns)):
+        results = [jax.jit(functools.partial(transform, f))(turns) for f in (made, given)]
+        assert_bit_equal(*results)
 
 
 # What has broken in such kernels.

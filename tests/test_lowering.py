@@ -14,6 +14,7 @@ from lowering import (
     APPEND,
     DECODE,
     SCHEDULE,
+    SCHEDULE_AND_DECODE,
     copies_in,
     custom_calls,
     decode,
@@ -30,49 +31,64 @@ from jax_flashmla import _ffi, _primitive
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("implementation", ["auto", "cuda"])
-def test_decode_text(implementation):
+@pytest.mark.parametrize("given", [False, True])
+def test_decode_text(given, implementation):
+    """A schedule that is not given is made by the same call, in scratch of its own."""
+
     def f(*args):
-        return decode(*args, causal=True, softmax_scale=0.25, implementation=implementation)
+        options = {"causal": True, "softmax_scale": 0.25, "implementation": implementation}
+        if given:
+            schedule = fm.get_mla_metadata(args[3], 256, 1, implementation=implementation)
+            options["metadata"] = schedule
+        return decode(*args, **options)
 
     text = text_for_cuda(f, *decode_structs(b=4, s_q=2, h_q=128))
     calls = custom_calls(text)
-    assert {target: len(lines) for target, lines in calls.items()} == {DECODE: 1, SCHEDULE: 1}
-    (line,) = calls[DECODE]
+    target = DECODE if given else SCHEDULE_AND_DECODE
+    expected = {DECODE: 1, SCHEDULE: 1} if given else {SCHEDULE_AND_DECODE: 1}
+    assert {target: len(lines) for target, lines in calls.items()} == expected
+    (line,) = calls[target]
     assert "causal = true" in line
     assert "softmax_scale = 2.500000e-01 : f32" in line
     operands, results = line.split(" : ")[-1].split(" -> ")
     parts = 132 // 4
+    schedule = [f"{parts + 1}x2xi32", "4xi32", "5xi32"]
     assert re.findall(r"tensor<(\S+)>", operands) == [
         "4x1x256x576xbf16",
         "100x64x1x576xbf16",
         "4x10xi32",
         "4xi32",
-        f"{parts + 1}x2xi32",
-        "4xi32",
-        "5xi32",
+        *(schedule if given else []),
     ]
     assert re.findall(r"tensor<(\S+)>", results) == [
         "4x1x256x512xbf16",
         "4x128x2xf32",
         f"{2 * parts}x1x256x512xf32",
         f"{2 * parts}x1x256xf32",
+        *([] if given else schedule),
     ]
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("s_q", [1, 4])
-def test_causal_offset_text(s_q):
+@pytest.mark.parametrize(
+    ("given", "target", "count"), [(False, SCHEDULE_AND_DECODE, 5), (True, DECODE, 8)]
+)
+def test_causal_offset_text(given, target, count, s_q):
     """It is one more operand, and with it the mask counts for one query too."""
 
     def f(*args):
-        return decode(*args[:4], causal=True, causal_offset=args[4])
+        metadata = fm.get_mla_metadata(args[3], s_q * 16, 1) if given else (None, None)
+        return decode(*args[:4], metadata=metadata, causal=True, causal_offset=args[4])
 
     text = text_for_cuda(f, *decode_structs(s_q=s_q), struct((4,), jnp.int32))
-    (line,) = custom_calls(text)[DECODE]
+    (line,) = custom_calls(text)[target]
     assert "causal = true" in line
     operands = re.findall(r"tensor<(\S+)>", line.split(" : ")[-1].split(" -> ")[0])
-    assert len(operands) == 8
+    assert len(operands) == count
     assert operands[-1] == "4xi32"
+    (names,) = re.findall(r"^\((.*?)\)", line)
+    assert names.split(", ")[-1] == "%arg4"
 
 
 @pytest.mark.usefixtures("kernels")
@@ -91,7 +107,8 @@ def test_one_schedule_for_all_layers():
         return [decode(q * i, k_cache, table, lengths, metadata=metadata) for i in range(3)]
 
     text = text_for_cuda(f, *decode_structs())
-    assert len(custom_calls(text)[SCHEDULE]) == 1
+    calls = custom_calls(text)
+    assert {target: len(lines) for target, lines in calls.items()} == {DECODE: 3, SCHEDULE: 1}
 
 
 @pytest.mark.usefixtures("kernels")
@@ -107,7 +124,7 @@ def test_append_text():
 def test_several_platforms_in_one_program():
     lowered = jax.jit(decode).trace(*decode_structs()).lower(lowering_platforms=("cpu", "cuda"))
     text = lowered.as_text()
-    assert set(custom_calls(text)) == {DECODE, SCHEDULE}
+    assert set(custom_calls(text)) == {SCHEDULE_AND_DECODE}
     assert "stablehlo.case" in text
 
 
@@ -134,7 +151,7 @@ def test_shapes_without_a_kernel(shapes, d_v, reason):
     structs = decode_structs(**shapes)
     with pytest.warns(RuntimeWarning, match=reason):
         text = text_for_cuda(lambda *a: decode(*a, d_v=d_v), *structs)
-    assert DECODE not in custom_calls(text)
+    assert not custom_calls(text)
     text_for_cuda(lambda *a: decode(*a, d_v=d_v), *structs)  # does not warn again
     with pytest.raises(NotImplementedError, match=reason):
         text_for_cuda(lambda *a: decode(*a, d_v=d_v, implementation="cuda"), *structs)
@@ -296,6 +313,8 @@ def test_workspace_is_all_the_kernel_needs(s_q, h_q, h200):
         compiled = jax.jit(lambda *a: decode(*a, implementation="cuda")).lower(*structs).compile()
         memory = compiled.memory_analysis()
         assert scratch <= memory.temp_size_in_bytes <= scratch + 16 * b + 2**15
+        targets = re.findall(r'custom_call_target="(\w+)"', compiled.as_text())
+        assert targets == [SCHEDULE_AND_DECODE]
     notes = Path(__file__).parent.parent / "docs/dense_decode.md"
     lines = re.findall(r"^\| (?:h_q · s_q|MB) \|(.*)\|$", notes.read_text("utf-8"), re.MULTILINE)
     documented = dict(zip(*(map(str.strip, line.split("|")) for line in lines), strict=True))

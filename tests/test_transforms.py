@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -22,6 +23,7 @@ from lowering import (
     DECODE,
     PASSED_ON,
     SCHEDULE,
+    SCHEDULE_AND_DECODE,
     copies_in,
     custom_calls,
     decode,
@@ -266,18 +268,43 @@ def test_schedules_that_do_not_fit_under_vmap():
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("offset", [False, True])
-def test_vmap_is_one_call_of_each_kernel(offset):
+@pytest.mark.parametrize("given", [False, True])
+def test_vmap_is_one_call_of_each_kernel(given, offset):
     q, k_cache, table, lengths = decode_structs()
     q, table, lengths = (struct((3, *x.shape), x.dtype) for x in (q, table, lengths))
     arrays = [q, k_cache, table, lengths, *([lengths] if offset else [])]
-    run = jax.vmap(causal_decode, (0, None, 0, 0, *([0] if offset else [])))
+
+    def call(*arrays):
+        metadata = fm.get_mla_metadata(arrays[3], 16, 1) if given else (None, None)
+        return causal_decode(*arrays, metadata=metadata)
+
+    run = jax.vmap(call, (0, None, 0, 0, *([0] if offset else [])))
     calls = custom_calls(text_for_cuda(run, *arrays))
-    assert {target: len(lines) for target, lines in calls.items()} == {DECODE: 1, SCHEDULE: 1}
-    assert "tensor<12x1x16x576xbf16>" in calls[DECODE][0]
-    assert "tensor<100x64x1x576xbf16>" in calls[DECODE][0]
-    (lengths,) = re.findall(r"^\((%\w+)\)", calls[SCHEDULE][0])  # the schedule is for these
-    schedule = rf"\(%\w+, %\w+, %\w+, {lengths}, (%\w+)#0, \1#1, \1#2"
-    assert re.match(schedule + (r", %\w+\)" if offset else r"\)"), calls[DECODE][0])
+    target = DECODE if given else SCHEDULE_AND_DECODE
+    expected = {DECODE: 1, SCHEDULE: 1} if given else {SCHEDULE_AND_DECODE: 1}
+    assert {target: len(lines) for target, lines in calls.items()} == expected
+    assert "tensor<12x1x16x576xbf16>" in calls[target][0]
+    assert "tensor<100x64x1x576xbf16>" in calls[target][0]
+    operands = r"\(%\w+, %\w+, %\w+, %\w+"
+    if given:
+        (lengths,) = re.findall(r"^\((%\w+)\)", calls[SCHEDULE][0])  # the schedule is for these
+        operands = rf"\(%\w+, %\w+, %\w+, {lengths}, (%\w+)#0, \1#1, \1#2"
+    assert re.match(operands + (r", %\w+\)" if offset else r"\)"), calls[target][0])
+
+
+def test_vmap_without_a_schedule_makes_none_outside_the_call():
+    """The call of the folded batch makes it, of as many parts as one alone."""
+    q, k_cache, table, lengths = decode_structs(b=4, s_q=2, h_q=128)
+    for leading in ((), (3,), (2, 3)):
+        run = functools.reduce(lambda f, _: jax.vmap(f, (0, None, 0, 0)), leading, decode)
+        structs = [struct((*leading, *x.shape), x.dtype) for x in (q, table, lengths)]
+        structs.insert(1, k_cache)
+        eqns = jax.make_jaxpr(run)(*structs).eqns
+        ours = ("get_mla_metadata", "flash_mla_with_kvcache")
+        (op,) = [e for e in eqns if e.primitive.name in ours]
+        assert (op.params["num_parts"], op.params["fixed_split_size"]) == (132 // 4, None)
+        b = 4 * math.prod(leading)
+        assert [x.aval.shape[0] for x in op.invars] == [b, 100, b, b]
 
 
 def test_vmap_keeps_the_size_of_splits():
@@ -322,7 +349,7 @@ def test_copies_of_the_cache_under_vmap(axis, copied, h200):
     structs[2] = struct((3, 4, 10), jnp.int32, sharding=h200)
     run = jax.vmap(functools.partial(decode, implementation="cuda"), (0, axis, 0, 0))
     hlo = jax.jit(run).lower(*structs).compile().as_text()
-    assert hlo.count(f'custom_call_target="{DECODE}"') == 1
+    assert hlo.count(f'custom_call_target="{SCHEDULE_AND_DECODE}"') == 1
     assert bool(operations_on(int(np.prod(shape)), hlo) - PASSED_ON) == copied
 
 
@@ -431,8 +458,11 @@ def hashed(out, lse):
     return (jnp.sum(bits * place, axis=(1, 2, 3)) + jnp.sum(more, axis=(1, 2))) % VOCAB
 
 
-def loop_step(weights, implementation):
-    """One step: appends, makes the schedule and attends, all at lengths that the last one left."""
+def loop_step(weights, implementation, given=True):
+    """One step: appends, makes the schedule and attends, all at lengths that the last one left.
+
+    With `given` false the call makes a schedule of its own.
+    """
     table, queries, entries = weights
 
     def step(state):
@@ -443,7 +473,8 @@ def loop_step(weights, implementation):
         k_cache = append(k_cache, entries[tokens], slots, implementation=implementation)
         metadata = fm.get_mla_metadata(lengths, 16, 1, num_sms=9, implementation=implementation)
         arrays = queries[tokens], k_cache, table, lengths
-        out, lse = decode(*arrays, metadata=metadata, implementation=implementation)
+        passed = metadata if given else (None, None)
+        out, lse = decode(*arrays, metadata=passed, implementation=implementation)
         following = jnp.where(done, tokens, hashed(out, lse))
         done = done | (following < ENDS) | (lengths >= STARTS + BUDGETS)
         return (count + 1, k_cache, lengths, following, done), metadata[1]
@@ -505,10 +536,11 @@ COMMAND_BUFFERS = {
     ["default", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("off", "while"))],
 )
 @pytest.mark.parametrize("loop", [fori_loop, scan, while_loop, cond], ids=lambda f: f.__name__)
-def test_loops_equal_the_unrolled_one(loop, buffers, implementation):
+@pytest.mark.parametrize("given", [False, True])
+def test_loops_equal_the_unrolled_one(given, loop, buffers, implementation):
     """To the bit: any bit of any result decides on all the tokens that follow."""
     k_cache, *weights = loop_weights()
-    step = loop_step(weights, implementation)
+    step = loop_step(weights, implementation, given)
     expected, splits = unrolled(step, loop_state(k_cache), loop)
     assert len(set(splits)) > 1, "the splits never change"
     assert (loop is while_loop) == (expected[0] < STEPS - 6 * (loop is cond))
@@ -662,6 +694,8 @@ def test_export_for_cuda_from_anywhere():
     }  # fmt: skip
     with pytest.raises(ValueError, match="jax_flashmla_dense_decode"):
         export_(jax.jit(serve))(*structs)
+    with pytest.raises(ValueError, match="jax_flashmla_schedule_and_decode"):
+        export_(jax.jit(serve_for("auto")))(*structs)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -675,7 +709,8 @@ def test_export_of_a_symbolic_vmap():
     program = export.export(run, platforms=("cuda",), disabled_checks=fm.EXPORT_DISABLED_CHECKS)
     program = program(*structs, k_cache)
     assert [x.shape for x in program.out_avals] == [(n, b, 1, 16, D_V), (n, b, 16, 1)]
-    assert len(custom_calls(program.mlir_module())[DECODE]) == 1
+    calls = custom_calls(program.mlir_module())
+    assert {target: len(lines) for target, lines in calls.items()} == {SCHEDULE_AND_DECODE: 1}
 
 
 def causal_structs(b, pages, width, **options):
@@ -753,9 +788,9 @@ def test_export_of_a_symbolic_batch_in_fixed_splits(platforms):
         cases.assert_decode_close(actual, cases.expected_decode(inputs))
 
 
-def decode_operands(compiled):
+def operands_of(target, compiled):
     """How many operands the kernel's one call has; none for the shapes that were symbolic."""
-    pattern = rf".*custom-call\((.*)\), custom_call_target=\"{DECODE}\""
+    pattern = rf".*custom-call\((.*)\), custom_call_target=\"{target}\""
     (operands,) = re.findall(pattern, compiled.as_text())
     return operands.count("%")
 
@@ -765,11 +800,12 @@ def test_exported_symbolic_batch_compiles_for_an_h200(h200):
     loaded = export.deserialize(exported(("cpu", "cuda"), *export.symbolic_shape("b, p, w")))
     run = jax.jit(loaded.call, donate_argnums=2)
     compiled = run.lower(*serve_structs(3, 1000, 6, sharding=h200)).compile()
-    assert decode_operands(compiled) == 7
+    assert operands_of(DECODE, compiled) == 7
     assert compiled.memory_analysis().alias_size_in_bytes >= 1000 * 64 * D_K * 2
     loaded = export.deserialize(exported_with_an_offset(("cpu", "cuda")))
     structs = causal_structs(3, 1000, 6, sharding=h200)
-    assert decode_operands(jax.jit(loaded.call).lower(*structs).compile()) == 8
+    compiled = jax.jit(loaded.call).lower(*structs).compile()
+    assert operands_of(SCHEDULE_AND_DECODE, compiled) == 5
 
 
 def test_lowered_and_compiled_by_hand():
@@ -1016,14 +1052,13 @@ def test_names_in_a_compiled_program(h200):
     found = re.findall(r'custom_call_target="(jax_flashmla_\w+)".*op_name="([^"]*)"', hlo)
     assert dict(found) == {
         APPEND: "jit(step)/layer/append_kv_cache/ffi_call",
-        SCHEDULE: "jit(step)/layer/get_mla_metadata/ffi_call",
-        DECODE: "jit(step)/layer/flash_mla_with_kvcache/ffi_call",
+        SCHEDULE_AND_DECODE: "jit(step)/layer/flash_mla_with_kvcache/ffi_call",
     }
 
 
 def test_names_of_the_reference_too():
     text = jax.jit(serve_for("xla")).lower(*serve_structs(3, 20, 6)).as_text(debug_info=True)
-    for name in ("append_kv_cache", "get_mla_metadata", "flash_mla_with_kvcache"):
+    for name in ("append_kv_cache", "flash_mla_with_kvcache"):
         assert re.search(rf'"jit\(step\)/{name}/\w+', text), name
 
 
