@@ -56,18 +56,14 @@ def _metadata(case, implementation, fixed_split_size, lengths):
 
 
 def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementation):
-    """All calls of a round. `lengths` is a list: one array for all calls, or one for each."""
-    results = []
-    for i, (q, table) in enumerate(zip(qs, tables, strict=True)):
-        lens = lengths[i % len(lengths)]
-        if results and not metadata:
-            # The metadata of this call waits for the last call too.
-            lens, results[-1] = jax.lax.optimization_barrier((lens, results[-1]))
-        result = flash_mla_with_kvcache(
-            q, pool, table, lens, HEAD_DIM_V, *metadata,
+    """All calls of a round."""
+    results = [
+        flash_mla_with_kvcache(
+            q, pool, table, lengths, HEAD_DIM_V, *metadata,
             causal=case.causal, implementation=implementation,
-        )  # fmt: skip
-        results.append(result)
+        )
+        for q, table in zip(qs, tables, strict=True)
+    ]  # fmt: skip
     return [out for out, _ in results], [lse for _, lse in results]
 
 
@@ -138,12 +134,10 @@ class Shapes:
         function = functools.partial(
             _rounds, loops=loops, case=self.case, implementation=implementation
         )
-        # Lengths of their own keep XLA from merging the metadata of all calls into one.
-        lengths = [self.lengths] * (calls if made_in_call else 1)
         function = jax.jit(function, donate_argnums=(0, 1), keep_unused=True)
         return function.lower(
             [self.out] * calls, [self.lse] * calls, self.pool, [self.q] * calls,
-            [self.table] * calls, lengths, metadata,
+            [self.table] * calls, self.lengths, metadata,
         )  # fmt: skip
 
     def errors(self, outs, sample=None):
@@ -200,11 +194,9 @@ class OpRound:
     """Compiled rounds with their inputs; `outs` and `lses` are those of the last round."""
 
     def __init__(self, function, inputs, metadata, calls, loops=1):
-        made_in_call = not metadata
-        lengths = [inputs.lengths]
-        if made_in_call:
-            lengths = [jnp.array(inputs.lengths, copy=True) for _ in range(calls)]
-        arguments = (inputs.pool, inputs.qs[:calls], inputs.tables[:calls], lengths, metadata)
+        arguments = (
+            inputs.pool, inputs.qs[:calls], inputs.tables[:calls], inputs.lengths, metadata
+        )  # fmt: skip
         self.outs, self.lses = inputs.poisoned(calls)
 
         def enqueue():
