@@ -9,16 +9,19 @@ there. Every sequence has pages of its own, in random order. A step is timed wit
 attention in plain JAX, and without attention (its result is the first columns of the query): what
 attention costs is the difference. Lengths are traced and the block table is that of the longest
 context that fits, so that a batch size is one program for each of the three. A prompt is read in
-chunks of several sizes, by the program that Decoder.prefill runs.
+chunks of several sizes, by the program that Decoder.prefill runs. The attention of a prompt's last
+chunk is timed alone, too, beside a library call over expanded keys (prefill_attention.py).
 
 All programs are compiled first, some at a time, and before there is a cache. After --budget seconds
 the file says "left out" where there is no figure yet; the same command goes on from there.
+--sections takes some of the sections alone.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -31,6 +34,8 @@ import numpy as np
 from results_file import commit_of
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from prefill_attention import WEIGHTS, AttentionForm, lower_layers
+
 from examples.deepseek import model
 from examples.deepseek.config import ModelConfig
 from examples.deepseek.decoding import Decoder, State
@@ -39,10 +44,23 @@ from examples.deepseek.weights import random_weights
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "h200_model.json"
 NAME, PAGE = "deepseek-v2-lite", 64
 WORKSPACE = 6e9  # bytes left to programs when a context is said to fit
+BURST, MOST_RUNS = 0.05, 20  # a chunk's attention runs for so many seconds, or so often
 FILLING_PAGES = 1024  # random pages, of which the cache is made
 COMPILED_AT_A_TIME = 4
 COMPILING_ENDS = 0.35  # when this part of the budget is left
 LEFT_OUT, TOO_LARGE, NO_MEMORY = "left out", "does not fit", "out of memory"
+SECTIONS = ("rows", "prefill", "prefill_attention")
+# |x - y| / |y|, of a library call's result x and the op's y. The logarithms by which two calls are
+# joined come rounded to bfloat16.
+TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-4}
+
+
+# What a library call raises for shapes that it does not take, or that its plans do not.
+REFUSALS = (NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+class NoFigure(Exception):
+    """Why there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +81,9 @@ class Plan:
     forms: tuple[Form, ...]
     prompt: int  # a multiple of each of
     chunks: tuple[int, ...]
+    attention_forms: tuple[AttentionForm, ...]  # the first is the op
+    attention_contexts: tuple[int, ...]  # multiples of PAGE
+    attention_chunks: tuple[int, ...]
     dtype: str
 
     @property
@@ -74,10 +95,18 @@ def full_plan():
     forms = (
         Form("cuda", "auto", 32, 5, (1, 32, 128)),
         Form("without", "auto", 32, 5, (1, 32, 128)),
-        Form("xla", "xla", 2, 2, (1, 32)),
+        Form("xla", "xla", 2, 2, (1, 32, 128)),
     )
-    config = ModelConfig.named(NAME)
-    return Plan(config, (1024, 8192, 32768), forms, 4096, (64, 256, 512), "bfloat16")
+    attention = (
+        AttentionForm("op", "auto", expanded=False),
+        AttentionForm("cudnn", "cudnn"),
+        AttentionForm("cudnn_split", "cudnn", split=True),
+        AttentionForm("xla", "xla"),
+    )
+    return Plan(
+        ModelConfig.named(NAME), (1024, 8192, 32768), forms, 4096, (64, 256, 512),
+        attention, (4096, 32768), (64, 256, 512, 2048), "bfloat16",
+    )  # fmt: skip
 
 
 def smoke_plan():
@@ -90,7 +119,13 @@ def smoke_plan():
         Form("without", "xla", 2, 1, (1, 2)),
         Form("xla", "xla", 1, 1, (1,)),
     )
-    return Plan(tiny, (64, 128), forms, 64, (16, 32), "float32")
+    attention = (
+        AttentionForm("op", "xla", expanded=False),
+        AttentionForm("cudnn", "cudnn"),  # which there is none of on a CPU
+        AttentionForm("cudnn_split", "xla", split=True),
+        AttentionForm("xla", "xla"),
+    )
+    return Plan(tiny, (64, 128), forms, 64, (16, 32), attention, (64, 128), (64,), "float32")
 
 
 def bytes_of(tree):
@@ -116,6 +151,7 @@ class Results:
         self.data = head | {
             "rows": old.get("rows") or decode_rows(plan, head["weights_bytes"], limit),
             "prefill": old.get("prefill") or prefill_rows(plan),
+            "prefill_attention": old.get("prefill_attention") or attention_rows(plan),
         }
 
     def wanted(self, section):
@@ -126,9 +162,11 @@ class Results:
         """Puts the figures of measure(*args) into a row, or why there are none."""
         try:
             row |= measure(*args)
-            del row["missing"][name]
+            row["missing"].pop(name, None)
         except TimeoutError:
             pass  # it stays left out
+        except NoFigure as reason:
+            row["missing"][name] = str(reason)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -162,6 +200,17 @@ def prefill_rows(plan):
     ]
 
 
+def attention_rows(plan):
+    return [
+        {
+            "context": context, "chunk": chunk,
+            "missing": {form.name: LEFT_OUT for form in plan.attention_forms},
+        }
+        for context in plan.attention_contexts
+        for chunk in plan.attention_chunks
+    ]  # fmt: skip
+
+
 def derived(row):
     """What follows from the times that there are."""
     ours, plain, without = (row.get(f"{name}_ms") for name in ("cuda", "xla", "without"))
@@ -187,9 +236,13 @@ class Programs:
         self.started = {}
 
     def start(self, key, lower, *args):
-        """lower(self, *args) is the lowered program."""
+        """lower(self, *args) is the lowered program; NoFigure is raised by `get`."""
         if self.budget.for_compiling():
-            self.started[key] = self.pool.submit(compiled, lower(self, *args))
+            try:
+                self.started[key] = self.pool.submit(compiled, lower(self, *args))
+            except NoFigure as reason:
+                self.started[key] = concurrent.futures.Future()
+                self.started[key].set_exception(reason)
 
     def finish(self):
         """Waits until nothing is compiled any more; what has not begun in time is left out."""
@@ -201,6 +254,7 @@ class Programs:
 
         Raises:
           TimeoutError: there was no time for it, or there is none left.
+          NoFigure: it could not be lowered.
         """
         if key not in self.started or self.started[key].cancelled() or not self.budget.left():
             raise TimeoutError
@@ -271,10 +325,14 @@ def lower_form(programs, form, batch, longest):
     with mock.patch.object(model, "flash_mla_with_kvcache", attention):
         state = abstract_state(programs.plan, batch, longest)
         lowered = decoder.program(form.steps).lower(programs.params, state)
-    kernels = "jax_flashmla_dense_decode" in lowered.as_text()
-    if form.name == "cuda" and form.implementation == "auto" and not kernels:
-        raise SystemExit("there are no kernels here; --smoke runs anywhere")
+    if form.name == "cuda" and form.implementation == "auto":
+        require_kernels(lowered)
     return lowered
+
+
+def require_kernels(lowered):
+    if "jax_flashmla_dense_decode" not in lowered.as_text():
+        raise SystemExit("there are no kernels here; --smoke runs anywhere")
 
 
 def lower_prefill(programs, chunk, implementation):
@@ -283,6 +341,36 @@ def lower_prefill(programs, chunk, implementation):
     state = abstract_state(plan, 1, plan.prompt)
     tokens, end = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, chunk), (1,)))
     return decoder.read_program.lower(programs.params, state, tokens, end)
+
+
+def lower_attention(programs, form, context, chunk):
+    plan, config = programs.plan, programs.plan.config
+    cache = abstract_state(plan, 1, max(plan.attention_contexts)).cache
+    table = jax.ShapeDtypeStruct((1, context // PAGE), jnp.int32)
+    q_nope, q_rope = (
+        jax.ShapeDtypeStruct((1, chunk, config.heads, width), cache.dtype)
+        for width in (config.nope_dim, config.rope_dim)
+    )
+    w = expanding_weights(programs)
+    try:
+        lowered = lower_layers(form, config, config.layers, w, q_nope, q_rope, cache, table)
+    except REFUSALS as error:
+        if not form.expanded:
+            raise
+        raise refusal(error) from error
+    if not form.expanded and form.implementation == "auto":
+        require_kernels(lowered)
+    return lowered
+
+
+def expanding_weights(programs):
+    return {name: programs.params["layers"][0][name] for name in WEIGHTS}
+
+
+def refusal(error):
+    """What a library call says instead of running, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return NoFigure(f"refused: {text[:200]}")
 
 
 # -------------------- Timing
@@ -355,9 +443,63 @@ def measure_prefill(programs, state, row):
     }
 
 
-def measure(plan, params, results, budget):
+def attention_operands(programs, state, row):
+    """What a program of `lower_attention` takes."""
+    config, shape = programs.plan.config, (1, row["chunk"], programs.plan.config.heads)
+    q_nope, q_rope = (
+        jax.random.normal(jax.random.key(width), (*shape, width)).astype(state.cache.dtype)
+        for width in (config.nope_dim, config.rope_dim)
+    )
+    table = state.block_table[:, : row["context"] // PAGE]
+    zero = jnp.zeros((), state.cache.dtype)
+    return expanding_weights(programs), q_nope, q_rope, state.cache, table, zero
+
+
+def measure_attention(programs, form, row, operands, results):
+    """The figures of one form in one row; results is where each form's result is left."""
+    op, plan = programs.plan.attention_forms[0], programs.plan
+    if form is not op and op.name not in results:
+        raise TimeoutError  # nothing to compare with, yet
+    try:
+        program, compile_seconds = programs.get(("attention", row["context"], row["chunk"], form))
+        seconds, out = burst_seconds(lambda: program(*operands))
+    except REFUSALS as error:
+        if not form.expanded or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise refusal(error) from error
+    us = seconds / plan.config.layers * 1e6
+    results[form.name] = np.asarray(out, np.float32)
+    expected = results[op.name]
+    error = float(np.linalg.norm(results[form.name] - expected) / np.linalg.norm(expected))
+    print(f"{row['chunk']:4d} of {row['context']:6d}  {form.name:11s} {us:9.1f} us a layer, "
+          f"differs by {error:.1e} (compiled in {compile_seconds:.0f} s)", flush=True)  # fmt: skip
+    if not error <= TOLERANCE[plan.dtype]:
+        raise NoFigure(f"wrong: differs by {error:.1e}")
+    return {
+        f"{form.name}_us": round(us, 2),
+        f"{form.name}_difference": float(f"{error:.2e}"),
+        f"{form.name}_temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def burst_seconds(run):
+    """(seconds of a run, its result): run after run without waiting, for BURST seconds."""
+    out = jax.block_until_ready(run())  # loads what the program needs
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    count = min(max(math.ceil(BURST / (time.perf_counter() - began)), 1), MOST_RUNS)
+
+    def seconds():
+        began = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(count)])
+        return (time.perf_counter() - began) / count
+
+    return statistics.median([seconds() for _ in range(3)]), out
+
+
+def measure(plan, params, results, budget, sections=SECTIONS):
     """All that is left out in the results, as far as the time goes."""
-    rows, prompts = results.wanted("rows"), results.wanted("prefill")
+    rows, prompts, chunks = (results.wanted(name) if name in sections else [] for name in SECTIONS)
     programs, longest = Programs(plan, params, budget), {}
     for row in rows:
         longest[row["batch"]] = max(row["context"], longest.get(row["batch"], 0))
@@ -369,6 +511,10 @@ def measure(plan, params, results, budget):
         programs.start(
             ("prefill", row["chunk"]), lower_prefill, row["chunk"], plan.forms[0].implementation
         )
+    for row in chunks:
+        for form in wanted_forms(plan, row):
+            shape = row["context"], row["chunk"]
+            programs.start(("attention", *shape, form), lower_attention, form, *shape)
     programs.finish()
     for batch, context in longest.items():
         state = Batch(plan, batch, context)
@@ -380,6 +526,23 @@ def measure(plan, params, results, budget):
     state = Batch(plan, 1, plan.prompt)
     for row in prompts:
         results.fill(row, "prefill", measure_prefill, programs, state, row)
+    del state
+    measure_chunks(programs, results, chunks)
+
+
+def measure_chunks(programs, results, rows):
+    plan = programs.plan
+    state = make_state(plan, 1, max(plan.attention_contexts)) if rows else None
+    for row in rows:
+        operands, outs = attention_operands(programs, state, row), {}
+        for form in wanted_forms(plan, row):
+            results.fill(row, form.name, measure_attention, programs, form, row, operands, outs)
+
+
+def wanted_forms(plan, row):
+    """The op, with which the others are compared, and what was left out."""
+    op, *others = plan.attention_forms
+    return [op, *(form for form in others if row["missing"].get(form.name) == LEFT_OUT)]
 
 
 def parse_arguments(argv):
@@ -388,7 +551,13 @@ def parse_arguments(argv):
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--budget", type=float, default=225, help="stop after so many seconds")
     parser.add_argument("--commit", help="commit to record, where there is no .git")
+    parser.add_argument(
+        "--sections", type=lambda names: names.split(","), default=SECTIONS,
+        help=f"what to measure, of {','.join(SECTIONS)}",
+    )  # fmt: skip
     options = parser.parse_args(argv)
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"--sections has {', '.join(SECTIONS)}, not {', '.join(sorted(unknown))}")
     if not options.smoke and options.out is None:
         options.out = RESULTS
     return options
@@ -415,8 +584,8 @@ def main(argv=None):
     print(f"{head['device']}: {head['weights_bytes'] / 1e9:.1f} GB of weights", flush=True)
     results = Results(options.out, head, plan, limit)
     results.save()
-    measure(plan, params, results, budget)
-    left_out = len(results.wanted("rows")) + len(results.wanted("prefill"))
+    measure(plan, params, results, budget, options.sections)
+    left_out = sum(len(results.wanted(name)) for name in options.sections)
     if left_out:
         print(f"out of time: figures of {left_out} rows are left out; run it again for them")
     return 0

@@ -40,6 +40,17 @@ float32.
 {ceilings}
 """
 
+ATTENTION = """\
+The attention of the last chunk of a context alone, from the queries of each head to its values:
+microseconds a layer, all layers in a loop, each on pages of its own. Op: queries absorbed into the
+latent space, and the result taken out of it. The others gather the latents from their pages, expand
+them into keys and values of each head, and call `jax.nn.dot_product_attention`: cuDNN with a mask;
+cuDNN over what stands before the chunk and, causal, over the chunk, joined by
+`merge_attention_states`; XLA with a mask. Values are padded to the width of keys, which the call
+asks for. Times: the fastest of these over the op. Difference: the largest of theirs from the op's
+result, as norm over norm.
+"""
+
 
 def print_goals(results):
     """Prints how the goals stand; returns whether all are met."""
@@ -320,9 +331,8 @@ def model_section(results):
         f"`python benchmarks/model.py` on {results['device']}, commit `{results['commit']}`: "
         "examples/deepseek\nwith random weights of DeepSeek-V2-Lite's dimensions "
         f"({results['weights_bytes'] / 1e9:.1f} GB in bfloat16), a greedy step of\nthe whole "
-        "model; at batch 1 and 32 beside the same model with attention in plain JAX. Share: how\n"
-        "much of the step goes when attention is left out. GB: the cache, and the most that was in "
-        "use\nup to then.",
+        "model, beside the same model with attention in plain JAX. Share: how much of the step\n"
+        "goes when attention is left out. GB: the cache, and the most that was in use up to then.",
         ["batch x context", "cache GB", "ms a step", "tokens/s", "share of attention",
          "plain JAX: ms a step", "share", "times", "peak GB"],
         [one_row(row) for row in results["rows"]],
@@ -342,7 +352,32 @@ def model_section(results):
             for row in results["prefill"]
         ],
     )  # fmt: skip
-    return f"{decode}\n{prompts}"
+    return f"{decode}\n{prompts}{attention_text(results.get('prefill_attention', []))}"
+
+
+def attention_text(rows):
+    """The attention of a prompt's chunk beside a library call; nothing where none was measured."""
+    forms = ("op", "cudnn", "cudnn_split", "xla")
+
+    def one_row(row):
+        times = [row.get(f"{name}_us") for name in forms]
+        ours, library = times[0], [us for us in times[1:] if us]
+        return [
+            str(row["context"]), str(row["chunk"]),
+            *(
+                number(us, 1) or row["missing"][name].split(":")[0]
+                for name, us in zip(forms, times, strict=True)
+            ),
+            number(min(library) / ours if ours and library else None, 2),
+            max((f"{row[f'{name}_difference']:.1e}" for name in forms[1:] if f"{name}_us" in row),
+                key=float, default=""),
+        ]  # fmt: skip
+
+    if not rows:
+        return ""
+    head = ["context", "tokens a chunk", "op us", "cuDNN us", "cuDNN, two calls us", "XLA us",
+            "times", "difference"]  # fmt: skip
+    return f"\n\n{ATTENTION}\n{markdown(head, [one_row(row) for row in rows])}"
 
 
 def page_text(results, file, plot, growth_plot, model=None):

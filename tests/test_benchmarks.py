@@ -549,16 +549,27 @@ def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, report):
         assert share == pytest.approx(1 - without / row["cuda_ms"], abs=1e-3)
     for row in data["prefill"]:
         assert row["tokens_per_s"] == pytest.approx(64 / row["ms"] * 1e3, rel=1e-2)
+    for row in data["prefill_attention"]:
+        ((name, reason),) = row["missing"].items()  # there is no cuDNN on a CPU
+        assert name == "cudnn"
+        assert reason.startswith("refused: ")
+        assert row["op_us"] > 0
+        for form in ("cudnn_split", "xla"):
+            assert row[f"{form}_us"] > 0
+            assert 0 < row[f"{form}_difference"] < 1e-4
     text = report.model_section(data)
     row = data["rows"][3]
     assert f"| 2 x 128 | 0.0 | {row['cuda_ms']:.2f} | {row['tokens_per_s']:.0f} |" in text
     row = data["prefill"][1]
     assert f"| 64 | 32 | {row['ms']:.1f} | {row['tokens_per_s']:.0f} |" in text
+    row = data["prefill_attention"][1]
+    times = [f"{row[f'{form}_us']:.1f}" for form in ("op", "cudnn_split", "xla")]
+    assert f"| 128 | 64 | {times[0]} | refused | {times[1]} | {times[2]} |" in text
 
 
 def test_the_benchmark_of_a_model_says_what_it_left_out(tmp_path, report):
     results = tmp_path / "cpu_model.json"
-    assert "figures of 6 rows are left out" in run_model_benchmark("--out", results, "--budget", 0)
+    assert "figures of 8 rows are left out" in run_model_benchmark("--out", results, "--budget", 0)
     data = json.loads(results.read_text())
     names = {"cuda": "left out", "without": "left out"}
     assert [row["missing"] for row in data["rows"]] == [names | {"xla": "left out"}] * 2 + [
@@ -567,6 +578,125 @@ def test_the_benchmark_of_a_model_says_what_it_left_out(tmp_path, report):
     text = report.model_section(data)
     assert "| 1 x 64 | 0.0 | left out |  |  | left out |" in text
     assert "| 64 | 16 | left out |" in text
+    assert "| 128 | 64 | left out | left out | left out | left out |  |  |" in text
+    shown = run_model_benchmark("--out", results, "--budget", 0, "--sections", "prefill")
+    assert "figures of 2 rows are left out" in shown
+
+
+def test_unknown_sections_are_refused(bench, capsys):
+    model = bench("model")
+    assert model.parse_arguments(["--sections", "rows,prefill"]).sections == ["rows", "prefill"]
+    with pytest.raises(SystemExit):
+        model.parse_arguments(["--sections", "rows,prompts"])
+    assert "not prompts" in capsys.readouterr().err
+
+
+def test_a_model_is_reported_without_the_attention_of_chunks(report):
+    """A file may be older than that section."""
+    data = report.read_results(BENCHMARKS / "results/h200_model.json")
+    data["prefill_attention"] = []
+    text = report.model_section(data)
+    del data["prefill_attention"]
+    assert report.model_section(data) == text
+    assert "dot_product_attention" not in text
+    row = {
+        "context": 4096, "chunk": 64, "missing": {"xla": "out of memory"}, "op_us": 50.0,
+        "cudnn_us": 200.0, "cudnn_difference": 1e-3, "cudnn_split_us": 150.0,
+        "cudnn_split_difference": 5e-3,
+    }  # fmt: skip
+    text = report.model_section(data | {"prefill_attention": [row]})
+    line = "| 4096 | 64 | 50.0 | 200.0 | 150.0 | out of memory | 3.00 | 5.0e-03 |"
+    assert text.endswith(line)
+
+
+def test_plain_jax_is_timed_at_every_batch(bench):
+    forms = {form.name: form.batches for form in bench("model").full_plan().forms}
+    assert forms["xla"] == forms["cuda"] == (1, 32, 128)
+
+
+@pytest.mark.parametrize("implementation", ["xla", None])
+@pytest.mark.parametrize("split", [False, True])
+def test_expanded_attention_is_that_of_the_latents(bench, implementation, split):
+    """Beside softmax(q k^T) v in float64, without pages; a mask that is off by one shows."""
+    model, attention = bench("model"), bench("prefill_attention")
+    config, rng = model.smoke_plan().config, np.random.default_rng(0)
+    s, n, page = 24, 8, 4
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    heads, c = config.heads, config.kv_lora_rank
+    w = {
+        "key_up": normal(heads, config.nope_dim, c) / c**0.5,
+        "value_up": normal(heads, config.value_dim, c) / c**0.5,
+    }
+    q_nope, q_rope = normal(1, n, heads, config.nope_dim), normal(1, n, heads, config.rope_dim)
+    cache, table = normal(2 * s // page, page, 1, config.entry_dim), rng.permutation(s // page)
+    operands = w, q_nope, q_rope, cache, table[None].astype(np.int32)
+    layers = cache.reshape(2, s // page, page, config.entry_dim)
+    entries = layers[1, table].reshape(s, -1).astype(np.float64)  # of the last layer
+    keys = np.einsum("sc,hec->hse", entries[:, :c], w["key_up"])
+    logits = np.einsum("nhe,hse->hns", q_nope[0], keys)
+    logits += np.einsum("nhe,se->hns", q_rope[0], entries[:, c:])
+    seen = np.arange(s) <= s - n + np.arange(n)[:, None]
+    weights = np.where(seen, np.exp(config.softmax_scale * logits), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("hns,sc,hvc->nhv", weights, entries[:, :c], w["value_up"])
+    form = attention.AttentionForm("expanded", implementation, split=split)
+    program = attention.lower_layers(form, config, 2, *operands).compile()
+    found = program(*operands, np.float32(0))
+    np.testing.assert_allclose(found[0], expected, atol=2e-5)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+def test_the_attention_of_a_chunk_is_a_graph_a_layer(bench, h200):
+    """So that the host keeps up; in a model, XLA makes one graph of all."""
+    attention, layers = bench("prefill_attention"), bench("layers")
+    config = bench("model").full_plan().config
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=h200)
+
+    up = struct(config.heads, 128, config.kv_lora_rank)
+    operands = (
+        {"key_up": up, "value_up": up}, struct(1, 64, config.heads, 128),
+        struct(1, 64, config.heads, 64), struct(27 * 64, 64, 1, 576),
+        struct(1, 64, dtype=jnp.int32),
+    )  # fmt: skip
+    for implementation, expanded in (("cuda", False), ("xla", True)):
+        form = attention.AttentionForm("form", implementation, expanded)
+        lowered = attention.lower_layers(form, config, 27, *operands)
+        graphs, singles = layers.compile_and_count(lowered, 27, {})[1]
+        assert 27 <= graphs <= 28
+        assert singles < 10
+
+
+def test_a_library_call_that_is_wrong_has_no_figure(tmp_path, bench):
+    model = bench("model")
+    plan = model.smoke_plan()
+    programs = model.Programs(plan, {}, model.Budget(100))
+    op, _, split, xla = plan.attention_forms
+    row = {"context": 64, "chunk": 64, "missing": {form.name: "left out" for form in (op, split)}}
+    head = {"device": "d", "commit": "c", "model": "m", "weights_bytes": 0}
+    results, outs = model.Results(tmp_path / "results.json", head, plan, 1e9), {}
+    double = jax.jit(lambda x: x * 1.01).lower(jnp.ones(3)).compile()
+    same = jax.jit(lambda x: x * 1.0).lower(jnp.ones(3)).compile()
+    for form, program in ((split, same), (op, same), (split, double), (xla, None)):
+        key = ("attention", 64, 64, form)
+        programs.started[key] = model.concurrent.futures.Future()
+        if program is None:
+            programs.started[key].set_exception(jax.errors.JaxRuntimeError("INTERNAL: no\nplan"))
+        else:
+            programs.started[key].set_result((program, 0.0))
+        results.fill(
+            row, form.name, model.measure_attention, programs, form, row, [jnp.ones(3)], outs
+        )
+        if len(programs.started) == 1:  # there was nothing to compare with
+            assert row["missing"][split.name] == "left out"
+    assert row["op_us"] > 0
+    assert row["missing"] == {
+        split.name: "wrong: differs by 1.0e-02", xla.name: "refused: INTERNAL: no plan",
+    }  # fmt: skip
 
 
 def test_results_of_a_model(tmp_path, bench):
