@@ -28,9 +28,10 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr const char* kOp = "get_mla_metadata";
 
 // Smaller parts take less time, but leave more partial results to join. With W units of work in all
-// and parts of t, that is a microsecond a unit against W / t * rows * 2 KB: the sum is least where
-// kJoinCost * t * t is W * rows. Measured on an H200.
-constexpr int kJoinCost = 2048;
+// and parts of t, that is a microsecond a unit against W / t splits, each of which costs as much as
+// its rows of 1 KB and kJoinRows more: the sum is least where kJoinCost * t * t is
+// W * (rows + kJoinRows). Measured on an H200.
+constexpr int kJoinCost = 4096, kJoinRows = 16;
 constexpr int kLargestMinimum = 8;  // beyond it the SMs set the size of a part, not this
 
 struct SchedulerParams {
@@ -101,7 +102,7 @@ struct Alignment {
 
 // The smallest part that is worth its partial results, where all requests cost `total`.
 __device__ __forceinline__ int MinPartTiles(int total, int rows) {
-  const int work = min(total, 1 << 17) * min(rows, 1 << 13);  // no more changes nothing
+  const int work = min(total, 1 << 17) * min(rows + kJoinRows, 1 << 13);  // no more changes nothing
   int tiles = 1;
   while (tiles < kLargestMinimum && kJoinCost * tiles * tiles < work) ++tiles;
   return tiles;

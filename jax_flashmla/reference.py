@@ -18,10 +18,10 @@ TILE_TOKENS = 64
 REQUEST_OVERHEAD = 2
 """What a request costs beyond its own tiles, in tiles (its prologue and epilogue)."""
 
-JOIN_COST = 2048
+JOIN_COST, JOIN_ROWS = 4096, 16
 """Smaller parts end sooner, but leave more partial results to be joined: with W units of work and
-parts of t, W / t of them for each query row. As measured, t is best where JOIN_COST * t**2 is
-W * rows."""
+parts of t, W / t of them, each of which costs as much as its query rows and JOIN_ROWS more. As
+measured, t is best where JOIN_COST * t**2 is W * (rows + JOIN_ROWS)."""
 
 LARGEST_MIN_PART = 8
 """No part is made larger than that for it, in tiles; beyond it the number of parts decides."""
@@ -104,7 +104,7 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[ja
 
 def _smallest_part(total, rows):
     """The tiles of the smallest part that is worth its partial results, where all cost `total`."""
-    work = jnp.minimum(total, 2**17) * min(rows, 2**13)  # more would change nothing
+    work = jnp.minimum(total, 2**17) * min(rows + JOIN_ROWS, 2**13)  # more would change nothing
     tiles = jnp.arange(1, LARGEST_MIN_PART, dtype=jnp.int32)
     return 1 + jnp.sum(JOIN_COST * tiles**2 < work, dtype=jnp.int32)
 

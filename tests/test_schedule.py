@@ -52,7 +52,7 @@ def slow_schedule(lengths, num_parts, rows):
     b = len(lengths)
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     starts = np.concatenate([[0], np.cumsum([t + OVERHEAD for t in tiles])]).tolist()
-    smallest = next(t for t in range(1, 9) if t == 8 or 2048 * t * t >= starts[-1] * rows)
+    smallest = next(t for t in range(1, 9) if t == 8 or 4096 * t * t >= starts[-1] * (rows + 16))
     payload = max(-(-starts[-1] // num_parts), smallest)
     group, parts = -(-b // num_parts), max(1, num_parts // b)
     edges = [min(p * group, b) for p in range(num_parts + 1)]
@@ -143,10 +143,10 @@ def test_integers_by_query_rows(lengths, rows, h_kv, implementation):
         (1, 4096, 16, 1, 1),
         (1, 8192, 16, 1, 2),
         (1, 8192, 16, 2, 2),
-        (1, 8192, 64, 1, 3),
-        (1, 4096, 128, 1, 3),
-        (2, 2048, 128, 1, 3),
-        (1, 16384, 128, 1, 5),
+        (1, 8192, 64, 1, 2),
+        (1, 4096, 128, 1, 2),
+        (2, 2048, 128, 1, 2),
+        (1, 16384, 128, 1, 4),
         (1, 8192, 512, 1, 8),  # of 16 parts
         (1, 1024, 100000, 1, 16),  # of one part
     ],
