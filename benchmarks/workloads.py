@@ -228,7 +228,8 @@ def growth_cases():
 
 def scratch_bytes(row):
     """The partial results of a call whose schedule has row["num_parts"] parts."""
-    return 2 * row["num_parts"] * row["s_q"] * row["h_q"] * (HEAD_DIM_V + 1) * 4
+    rows = row["s_q"] * row["h_q"]
+    return row["num_parts"] * (2 * rows * (2 * HEAD_DIM_V + 5 * 4) + -(-rows // 64) * 128)
 
 
 def is_sustained(case):

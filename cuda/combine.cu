@@ -1,17 +1,15 @@
-// Combine: the result of a request that several parts share.
+// Combine: the result of a request of more splits than decode joins by itself.
 //
 // What: out = sum_s w_s o_s with w_s = 2^(lse_s - lse), lse = log2 sum_s 2^lse_s, over the splits
 // of a request; a split that saw no key has lse -inf and o 0.
 //
-// Floor: split requests number fewer than the parts, so at most 2 * parts * rows * 2 KB are read,
-// mostly from L2.
+// Floor: at most 2 * parts * rows * 1 KB are read, mostly from L2.
 //
-// Schedule: a block looks at one request, or, where there are more requests than parts, at one
-// boundary between parts: it lies inside a request, and is the first to do so, or not. Blocks that
-// find nothing to do leave at once. The shape of the work is chosen by what is known at launch:
-// with many requests each has few splits, and a warp makes a whole row; with few requests several
-// warps make a quarter of a row, sharing the splits, all of which are in flight at once. How many
-// warps that takes is only seen on the device; the fewer, the fewer blocks have anything to do.
+// Schedule: a block looks at one request, or, where that is less, at one of every kJoinedSplits
+// bounds between parts: a request of that many splits and more contains one of them. Blocks that
+// find nothing to do leave at once. One or several warps make a quarter of a row, sharing the
+// splits, all of which are in flight at once. How many warps that takes is only seen on the device;
+// the fewer, the fewer blocks have anything to do.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -25,10 +23,10 @@ namespace {
 using sm90::kFullWarp;
 using sm90::kWarpSize;
 
-constexpr int kSplitsAtOnce = 9;                         // that a warp has in flight
-constexpr int kLaneColumns = 4;                          // a lane loads 16 bytes
-constexpr int kWarpColumns = kWarpSize * kLaneColumns;   // 128
-constexpr int kColumnBlocks = kHeadDimV / kWarpColumns;  // 4
+constexpr int kSplitsAtOnce = 9;     // of a quarter of a row, that a warp has in flight
+constexpr int kRowSplitsAtOnce = 3;  // of a whole row
+constexpr int kLaneElements = 4;     // a lane loads 8 bytes
+static_assert(kWarpSize * kLaneElements == kQuarterColumns);
 
 // How the work is cut.
 enum class Shape {
@@ -43,29 +41,31 @@ constexpr int BlocksPerSm(Shape shape) { return shape == Shape::kFewQuarters ? 1
 struct SplitRequest {
   int request, first_part, splits;
 
-  // The slot of a split's partial result, as a row of [2 * num_parts, h_kv, rows].
-  __device__ __forceinline__ int64_t PartialRow(const CombineParams& params, int split, int kv_head,
-                                                int row) const {
-    const int64_t slot = PartialSlot(first_part + split, split);
-    return (slot * params.num_kv_heads + kv_head) * params.rows + row;
+  __device__ __forceinline__ int Slot(int split) const {
+    return PartialSlot(first_part + split, split == 0);
   }
 };
 
-// Whether `request` is split.
+// Whether `request` has splits that decode has not joined. Reads past the L1, see CombineKernel.
 __device__ __forceinline__ bool FindByRequest(const TileSchedule& schedule, int request,
                                               SplitRequest* found) {
   found->request = request;
-  found->first_part = schedule.first_part[request];
-  found->splits = schedule.num_splits[request + 1] - schedule.num_splits[request];
-  return found->splits > 1;
+  // Arrays that do not belong together may give wrong results, but must not lead out of the
+  // scratch.
+  found->first_part = max(__ldcg(schedule.first_part + request), 0);
+  const int splits =
+      __ldcg(schedule.num_splits + request + 1) - __ldcg(schedule.num_splits + request);
+  found->splits = min(splits, schedule.num_parts - found->first_part);
+  return found->splits > kJoinedSplits;
 }
 
-// Whether part `part` is the second of the parts that share a request.
+// Whether part `part`, a multiple of kJoinedSplits, is the first such part to begin inside a
+// request that decode has not joined.
 __device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int part,
                                            SplitRequest* found) {
-  const PartBound bound = schedule.part_bounds[part];
-  return bound.tile > 0 && FindByRequest(schedule, bound.request, found) &&
-         part == found->first_part + 1;
+  const int2 bound = __ldcg(reinterpret_cast<const int2*>(schedule.part_bounds + part));
+  return bound.y > 0 && FindByRequest(schedule, bound.x, found) &&
+         part <= found->first_part + kJoinedSplits;
 }
 
 // log2 of the sum of 2^lse over the splits, by the 32 lanes of a warp; NaN if any is NaN.
@@ -80,7 +80,7 @@ __device__ __forceinline__ float TotalLse(const CombineParams& params, const Spl
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = begin + i * kWarpSize + threadIdx.x % kWarpSize;
       lse[i] = split < request.splits
-                   ? params.lse_partial[request.PartialRow(params, split, kv_head, row)]
+                   ? params.partial.lse[PartialRow(params, request.Slot(split), kv_head, row)]
                    : -INFINITY;
       largest = fmaxf(largest, lse[i]);
     }
@@ -101,42 +101,47 @@ __device__ __forceinline__ float TotalLse(const CombineParams& params, const Spl
   return total;
 }
 
-// Adds to `sum` the shares of splits first, first + step, ... in columns `column` .. + 3 of each
-// block of 128, and gives the total log-sum-exp. kAtOnce splits are in flight, the first of them
-// before the total is known. A split that saw no key counts for nothing.
-template <int kBlocks, int kAtOnce>
+// Adds to `sum` the shares of splits first, first + step, ... in elements `element` .. + 3 of
+// kCount quarters of a row, and gives the total log-sum-exp. kAtOnce splits are in flight, the
+// first of them before the total is known. A split that saw no key counts for nothing.
+template <int kCount, int kAtOnce>
 __device__ __forceinline__ float AddSplits(const CombineParams& params, const SplitRequest& request,
-                                           int kv_head, int row, int first, int step, int column,
-                                           float4 (&sum)[kBlocks]) {
+                                           int kv_head, int row, int first, int step, int element,
+                                           float4 (&sum)[kCount]) {
   float total = 0.f;
   int begin = first;
   do {
-    float4 x[kAtOnce][kBlocks];
-    float lse[kAtOnce];
+    uint2 x[kAtOnce][kCount];
+    float lse[kAtOnce], scale[kAtOnce][kCount];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = begin + i * step;
       lse[i] = -INFINITY;
       if (split >= request.splits) continue;
-      const int64_t partial = request.PartialRow(params, split, kv_head, row);
-      lse[i] = params.lse_partial[partial];
-      const float* o = params.o_partial + partial * kHeadDimV + column;
+      const int64_t partial_row = PartialRow(params, request.Slot(split), kv_head, row);
+      lse[i] = params.partial.lse[partial_row];
+      const __half* o = params.partial.o + partial_row * kHeadDimV + element;
+      const float* scales =
+          params.partial.scale +
+          PartialQuarter(params, request.Slot(split), kv_head, row, element / kQuarterColumns);
 #pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        x[i][j] = *reinterpret_cast<const float4*>(o + j * kWarpColumns);
+      for (int j = 0; j < kCount; ++j) {
+        x[i][j] = *reinterpret_cast<const uint2*>(o + j * kQuarterColumns);
+        scale[i][j] = scales[j * params.rows];
       }
     }
     if (begin == first) total = TotalLse(params, request, kv_head, row);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (lse[i] == -INFINITY) continue;
-      const float weight = Exp2(lse[i] - total);
 #pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        sum[j].x = fmaf(weight, x[i][j].x, sum[j].x);
-        sum[j].y = fmaf(weight, x[i][j].y, sum[j].y);
-        sum[j].z = fmaf(weight, x[i][j].z, sum[j].z);
-        sum[j].w = fmaf(weight, x[i][j].w, sum[j].w);
+      for (int j = 0; j < kCount; ++j) {
+        const float weight = Exp2(lse[i] - total) * scale[i][j];
+        const float2 low = sm90::Unpack<__half>(x[i][j].x), high = sm90::Unpack<__half>(x[i][j].y);
+        sum[j].x = fmaf(weight, low.x, sum[j].x);
+        sum[j].y = fmaf(weight, low.y, sum[j].y);
+        sum[j].z = fmaf(weight, high.x, sum[j].z);
+        sum[j].w = fmaf(weight, high.y, sum[j].w);
       }
     }
     begin += kAtOnce * step;
@@ -144,15 +149,20 @@ __device__ __forceinline__ float AddSplits(const CombineParams& params, const Sp
   return total;
 }
 
+// Elements `element` .. + 3 of a partial row (partial_result.cuh) are columns c, c + 1, c + 8, c
+// + 9.
+__device__ __forceinline__ int FirstColumn(int element) {
+  return element / 32 * 32 + element % 8 / 4 * 16 + element % 32 / 8 * 2;
+}
+
 template <typename T>
-__device__ __forceinline__ void WriteColumns(const CombineParams& params, int request, int kv_head,
-                                             int row, int column, float4 x) {
+__device__ __forceinline__ void WriteElements(const CombineParams& params, int request, int kv_head,
+                                              int row, int element, float4 x) {
   const int64_t base =
-      ((static_cast<int64_t>(request) * params.num_kv_heads + kv_head) * params.rows + row) *
-          kHeadDimV +
-      column;
-  *reinterpret_cast<uint2*>(static_cast<T*>(params.out) + base) =
-      make_uint2(sm90::Pack<T>(x.x, x.y), sm90::Pack<T>(x.z, x.w));
+      (static_cast<int64_t>(request) * params.num_kv_heads + kv_head) * params.rows + row;
+  T* out = static_cast<T*>(params.out) + base * kHeadDimV + FirstColumn(element);
+  *reinterpret_cast<uint32_t*>(out) = sm90::Pack<T>(x.x, x.y);
+  *reinterpret_cast<uint32_t*>(out + 8) = sm90::Pack<T>(x.z, x.w);
 }
 
 __device__ __forceinline__ void WriteLse(const CombineParams& params, int request, int kv_head,
@@ -164,16 +174,15 @@ __device__ __forceinline__ void WriteLse(const CombineParams& params, int reques
 template <typename T>
 __device__ __forceinline__ void CombineRow(const CombineParams& params, const SplitRequest& request,
                                            int kv_head, int row) {
-  const int lane = threadIdx.x % kWarpSize;
-  float4 sum[kColumnBlocks] = {};
+  const int element = threadIdx.x % kWarpSize * kLaneElements;
+  float4 sum[kQuarters] = {};
   const float total =
-      AddSplits<kColumnBlocks, 2>(params, request, kv_head, row, 0, 1, lane * kLaneColumns, sum);
+      AddSplits<kQuarters, kRowSplitsAtOnce>(params, request, kv_head, row, 0, 1, element, sum);
 #pragma unroll
-  for (int j = 0; j < kColumnBlocks; ++j) {
-    WriteColumns<T>(params, request.request, kv_head, row, j * kWarpColumns + lane * kLaneColumns,
-                    sum[j]);
+  for (int j = 0; j < kQuarters; ++j) {
+    WriteElements<T>(params, request.request, kv_head, row, j * kQuarterColumns + element, sum[j]);
   }
-  if (lane == 0) WriteLse(params, request.request, kv_head, row, total);
+  if (element == 0) WriteLse(params, request.request, kv_head, row, total);
 }
 
 // `warps` warps, a power of 2, make quarter `quarter` of all rows' quarters, if there is one.
@@ -183,27 +192,27 @@ __device__ __forceinline__ void CombineQuarterRow(const CombineParams& params,
                                                   int quarter, int warps) {
   __shared__ float4 partial[kBlockWarps][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int row = quarter / kColumnBlocks;
-  const int column = quarter % kColumnBlocks * kWarpColumns + lane * kLaneColumns;
+  const int row = quarter / kQuarters;
+  const int element = quarter % kQuarters * kQuarterColumns + lane * kLaneElements;
   const int share = warp & (warps - 1);
   float4 sum[1] = {};
   float total = 0.f;
   if (row < params.rows) {
-    total = AddSplits<1, kSplitsAtOnce>(params, request, kv_head, row, share, warps, column, sum);
+    total = AddSplits<1, kSplitsAtOnce>(params, request, kv_head, row, share, warps, element, sum);
   }
   partial[warp][lane] = sum[0];
   __syncthreads();
   if (share != 0 || row >= params.rows) return;
+#pragma unroll 4
   for (int w = 1; w < warps; ++w) {
-    sum[0].x += partial[warp + w][lane].x;
-    sum[0].y += partial[warp + w][lane].y;
-    sum[0].z += partial[warp + w][lane].z;
-    sum[0].w += partial[warp + w][lane].w;
+    const float4 other = partial[warp + w][lane];
+    sum[0].x += other.x;
+    sum[0].y += other.y;
+    sum[0].z += other.z;
+    sum[0].w += other.w;
   }
-  WriteColumns<T>(params, request.request, kv_head, row, column, sum[0]);
-  if (lane == 0 && quarter % kColumnBlocks == 0) {
-    WriteLse(params, request.request, kv_head, row, total);
-  }
+  WriteElements<T>(params, request.request, kv_head, row, element, sum[0]);
+  if (element == 0) WriteLse(params, request.request, kv_head, row, total);
 }
 
 // Warps for a quarter of a row, so that each has all of its splits in flight at once.
@@ -223,10 +232,15 @@ __global__ void __launch_bounds__(BlockWarps(kShape) * kWarpSize, BlocksPerSm(kS
   const int unit = blockIdx.x % units;
   const int kv_head = blockIdx.x / units % params.num_kv_heads;
   const int candidate = blockIdx.x / units / params.num_kv_heads;
-  sm90::WaitForPriorKernels();
+  // The schedule is read before the wait, past the L1: decode lets this kernel start only when it
+  // has itself waited for all that came before. Blocks without work so leave while decode still
+  // runs; one waits, so that this kernel does not end before decode.
   SplitRequest request;
-  const bool found = by_request ? FindByRequest(params.schedule, candidate, &request)
-                                : FindByPart(params.schedule, candidate + 1, &request);
+  const bool found = by_request
+                         ? FindByRequest(params.schedule, candidate, &request)
+                         : FindByPart(params.schedule, (candidate + 1) * kJoinedSplits, &request);
+  if (!found && blockIdx.x > 0) return;
+  sm90::WaitForPriorKernels();
   if (!found) return;
   const int warp = unit * BlockWarps(kShape) + threadIdx.x / kWarpSize;
   if constexpr (kShape == Shape::kRows) {
@@ -245,7 +259,7 @@ struct LaunchPlan {
 // By the number of splits of a request, on average.
 LaunchPlan PlanLaunch(const CombineParams& params) {
   const int64_t parts = params.schedule.num_parts, batch = params.batch;
-  const int64_t quarters = batch * params.num_kv_heads * params.rows * kColumnBlocks;
+  const int64_t quarters = batch * params.num_kv_heads * params.rows * kQuarters;
   if (parts > 8 * kSplitsAtOnce * batch && quarters <= parts) return {Shape::kFewQuarters, 16};
   for (const int warps : {8, 4, 2}) {
     if (2 * parts > warps * kSplitsAtOnce * batch) return {Shape::kQuarters, warps};
@@ -270,15 +284,15 @@ auto KernelOf(Shape shape) {
 template <typename T>
 ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   constexpr const char* kOp = "flash_mla_with_kvcache";
-  const int boundaries = params.schedule.num_parts - 1;
-  if (boundaries == 0) return ffi::Error::Success();
+  const int bounds = (params.schedule.num_parts - 1) / kJoinedSplits;
+  if (bounds == 0) return ffi::Error::Success();  // no request has so many splits
   const LaunchPlan plan = PlanLaunch(params);
   const int block_warps = BlockWarps(plan.shape);
-  const bool by_request = params.batch <= boundaries;
+  const bool by_request = params.batch <= bounds;
   const int warps =
-      plan.shape == Shape::kRows ? params.rows : params.rows * kColumnBlocks * plan.most_warps;
+      plan.shape == Shape::kRows ? params.rows : params.rows * kQuarters * plan.most_warps;
   const int units = CeilDiv(warps, block_warps);
-  const int64_t candidates = by_request ? params.batch : boundaries;
+  const int64_t candidates = by_request ? params.batch : bounds;
   const int64_t blocks = candidates * params.num_kv_heads * units;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
   return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = block_warps * kWarpSize},

@@ -12,7 +12,7 @@
 //   load    one warp plans: reads schedule, lengths and block table. One thread loads: fills a
 //           ring of shared memory with quarter tiles of V columns (11 slots of 64 x 128), rope
 //           columns (64 x 64) and, at the head of a piece, its queries. Both run ahead
-//           of everything else, across requests.
+//           of everything else, across requests. One warp joins (below).
 //   score   holds 2/3 of Q in registers, S = Q K^T, softmax, writes P.
 //   value   two warpgroups, each holding O for two quarters of the 512 columns: rescale,
 //           O += P V, output.
@@ -30,23 +30,36 @@
 // Where there is an even number of row tiles, two blocks form a cluster, work on the same piece
 // and share its tiles: each loads every other chunk and multicasts it to both.
 //
+// A request that is split has a partial result for each split (partial_result.cuh). Of two splits
+// the first is the last piece of a part and the second the first piece of the next part, so that it
+// is mostly written long before. Its block flags it in global memory; the join warp of the first
+// one's block waits for that, then for the end of its own tiles, and loads the other split into the
+// ring, from where value adds it before it writes the result. Requests of more splits are left to
+// the combine kernel: their middle parts end when all do, and there a launch costs less than a
+// wait.
+//
 // Ordering. A ring of buffers has a full and an empty barrier a slot:
 //   v, rope    load -> score (and value: v) -> load of both blocks of a cluster, as both write
 //   q_tail     load -> score -> load
 //   message    P and the row factors: score -> value -> score
 //   pages      plan -> load -> plan
-//   piece      plan -> load, score (value learns of it by the first message) -> value -> plan
+//   piece      plan -> load, score, value -> plan
+// and for the other split, once a launch:
+//   ring_free  score, value -> join     other_written  join -> score     other_full  join -> value
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <random>
 #include <string>
 
 #include "combine.h"
+#include "dense_decode/join.cuh"
 #include "dense_decode/load.cuh"
 #include "dense_decode/plan.cuh"
 #include "dense_decode/score.cuh"
@@ -87,6 +100,9 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
     BarrierInit(&smem.pages_full[i], kWarpSize);
     BarrierInit(&smem.pages_empty[i], 1);
   }
+  BarrierInit(&smem.other_written, kWarpSize);
+  BarrierInit(&smem.ring_free, kWarpSize * kWritingWarps);
+  BarrierInit(&smem.other_full, 1);
   BarrierInit(&smem.q_full, 1);
   BarrierInit(&smem.q_empty, kWarpsPerWarpgroup);
   FenceBarrierInit();
@@ -112,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
-  AllowNextKernel();
+  AllowNextKernel();  // behind the wait: combine counts on it
 
   const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
   if (warpgroup == kLoadWarpgroup) {
@@ -122,6 +138,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       Planner<T>(smem, params).Run(work);
     } else if (warp == kLoadWarp && IsFirstLane()) {
       Loader<T, kClusterSize>(smem, q_map, k_map, params).Run(work);
+    } else if (warp == kJoinWarp) {
+      Joiner<T>(smem, params).Run(work);
     }
     __syncwarp();
   } else if (warpgroup == kScoreWarpgroup) {
@@ -156,8 +174,7 @@ ffi::Error Launch(const CUtensorMap& q_map, const CUtensorMap& k_map, const Deco
                          ? (LaunchDecode<T, 2>(q_map, k_map, params, stream))
                          : (LaunchDecode<T, 1>(q_map, k_map, params, stream)));
   return LaunchCombine<T>({.schedule = params.schedule,
-                           .o_partial = params.o_partial,
-                           .lse_partial = params.lse_partial,
+                           .partial = params.partial,
                            .out = params.out,
                            .lse = params.lse,
                            .batch = params.batch,
@@ -169,6 +186,18 @@ ffi::Error Launch(const CUtensorMap& q_map, const CUtensorMap& k_map, const Deco
 }
 
 // --------------------------------------------------------------------------------------- handler
+
+// Another value in each call, from a random one on. A captured call is replayed with its own.
+Flag NextFlagValue() {
+  static const auto seed = [] {
+    std::random_device random;
+    return Flag{random()} << 32 | random();
+  }();
+  static std::atomic<Flag> calls{0};
+  // Of the increments of SplitMix64 (Steele et al., 2014): odd, so that no value comes back soon.
+  const Flag value = seed + 0x9e3779b97f4a7c15u * ++calls;
+  return value != 0 ? value : NextFlagValue();
+}
 
 // Tensor maps of q [b, h_kv, rows, d_k] and k_cache [num_blocks, page_block_size, h_kv, d_k].
 ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, CUtensorMap* q_map,
@@ -220,8 +249,9 @@ ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
 ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
                   I32<2> block_table, I32<1> cache_seqlens, bool make_schedule, I32<2> part_bounds,
                   I32<1> first_part, I32<1> num_splits, std::optional<I32<1>> causal_offset,
-                  ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse, F32Result<4> o_partial,
-                  F32Result<3> lse_partial, float softmax_scale, bool causal) {
+                  ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
+                  ffi::Result<ffi::AnyBuffer> o_partial, F32Result<4> scale_partial,
+                  F32Result<3> lse_partial, I32Result<4> flags, float softmax_scale, bool causal) {
   JAX_FLASHMLA_CHECK(CheckOperands(q, k_cache));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   const int64_t batch = q_dims[0], kv_heads = q_dims[1], rows = q_dims[2];
@@ -243,10 +273,18 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "out", out->dimensions(), {batch, kv_heads, rows, kHeadDimV}));
   JAX_FLASHMLA_CHECK(
       CheckShape(kOp, "softmax_lse", lse->dimensions(), {batch, kv_heads * (rows / s_q), s_q}));
+  constexpr int64_t kFlagWords = kFlagsPerTile * sizeof(Flag) / sizeof(int32_t);
+  const int64_t row_tiles = CeilDiv<int64_t>(rows, kTileRows);
+  JAX_FLASHMLA_CHECK(CheckArgument(o_partial->element_type() == ffi::DataType::F16, kOp,
+                                   "o_partial must be fp16"));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "o_partial", o_partial->dimensions(),
                                 {2 * num_parts, kv_heads, rows, kHeadDimV}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "scale_partial", scale_partial->dimensions(),
+                                {2 * num_parts, kv_heads, kQuarters, rows}));
   JAX_FLASHMLA_CHECK(
       CheckShape(kOp, "lse_partial", lse_partial->dimensions(), {2 * num_parts, kv_heads, rows}));
+  JAX_FLASHMLA_CHECK(
+      CheckShape(kOp, "flags", flags->dimensions(), {num_parts, kv_heads, row_tiles, kFlagWords}));
 
   CUtensorMap q_map, k_map;
   JAX_FLASHMLA_CHECK(EncodeMaps(q, k_cache, &q_map, &k_map));
@@ -260,14 +298,17 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
                    .num_parts = static_cast<int32_t>(num_parts)},
       .out = out->untyped_data(),
       .lse = lse->typed_data(),
-      .o_partial = o_partial->typed_data(),
-      .lse_partial = lse_partial->typed_data(),
+      .partial = {.o = static_cast<__half*>(o_partial->untyped_data()),
+                  .scale = scale_partial->typed_data(),
+                  .lse = lse_partial->typed_data()},
+      .flags = reinterpret_cast<Flag*>(flags->typed_data()),
+      .flag_value = NextFlagValue(),
       .batch = static_cast<int32_t>(batch),
       .num_kv_heads = static_cast<int32_t>(kv_heads),
       .rows = static_cast<int32_t>(rows),
       .group = static_cast<int32_t>(rows / s_q),
       .s_q = static_cast<int32_t>(s_q),
-      .row_tiles = static_cast<int32_t>(CeilDiv<int64_t>(rows, kTileRows)),
+      .row_tiles = static_cast<int32_t>(row_tiles),
       .num_blocks = static_cast<int32_t>(k_dims[0]),
       .max_blocks = static_cast<int32_t>(max_blocks),
       .page_shift = std::countr_zero(static_cast<uint64_t>(k_dims[1])),
@@ -289,23 +330,25 @@ ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q
                            ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
                            I32<2> part_bounds, I32<1> first_part, I32<1> num_splits,
                            std::optional<I32<1>> causal_offset, ffi::Result<ffi::AnyBuffer> out,
-                           F32Result<3> lse, F32Result<4> o_partial, F32Result<3> lse_partial,
+                           F32Result<3> lse, ffi::Result<ffi::AnyBuffer> o_partial,
+                           F32Result<4> scale_partial, F32Result<3> lse_partial, I32Result<4> flags,
                            float softmax_scale, bool causal) {
   return Decode(stream, device, q, k_cache, block_table, cache_seqlens, /*make_schedule=*/false,
                 part_bounds, first_part, num_splits, causal_offset, out, lse, o_partial,
-                lse_partial, softmax_scale, causal);
+                scale_partial, lse_partial, flags, softmax_scale, causal);
 }
 
 ffi::Error ScheduleAndDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
                                  ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
                                  std::optional<I32<1>> causal_offset,
                                  ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
-                                 F32Result<4> o_partial, F32Result<3> lse_partial,
+                                 ffi::Result<ffi::AnyBuffer> o_partial, F32Result<4> scale_partial,
+                                 F32Result<3> lse_partial, I32Result<4> flags,
                                  I32Result<2> part_bounds, I32Result<1> first_part,
                                  I32Result<1> num_splits, float softmax_scale, bool causal) {
   return Decode(stream, device, q, k_cache, block_table, cache_seqlens, /*make_schedule=*/true,
                 *part_bounds, *first_part, *num_splits, causal_offset, out, lse, o_partial,
-                lse_partial, softmax_scale, causal);
+                scale_partial, lse_partial, flags, softmax_scale, causal);
 }
 
 }  // namespace
@@ -324,8 +367,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
                                   .OptionalArg<I32<1>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<F32<3>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<F32<4>>()
                                   .Ret<F32<3>>()
+                                  .Ret<I32<4>>()
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal"),
                               {ffi::Traits::kCmdBufferCompatible});
@@ -341,8 +386,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScheduleAndDecode, ScheduleAndDecodeImpl,
                                   .OptionalArg<I32<1>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<F32<3>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Ret<F32<4>>()
                                   .Ret<F32<3>>()
+                                  .Ret<I32<4>>()
                                   .Ret<I32<2>>()
                                   .Ret<I32<1>>()
                                   .Ret<I32<1>>()

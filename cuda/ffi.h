@@ -100,7 +100,8 @@ struct LaunchShape {
 };
 
 // Launches `kernel` so that its blocks may start while the kernel before it in the stream still
-// runs: it must wait for that one (griddepcontrol.wait) before it reads or writes global memory.
+// runs: it must wait for that one (griddepcontrol.wait) before it touches what that one writes or
+// reads, and must not end before it.
 template <typename... Parameters, typename... Arguments>
 ffi::Error LaunchOverlapped(const char* op, cudaStream_t stream, const LaunchShape& shape,
                             void (*kernel)(Parameters...), Arguments&&... arguments) {

@@ -37,12 +37,6 @@ struct TileSchedule {
   int32_t num_parts;
 };
 
-// Where a split's partial result lies in the workspace. A part shares at most two requests with
-// other parts: the one that it ends with and the one that it begins with.
-__host__ __device__ constexpr int PartialSlot(int part, int split) {
-  return 2 * part + (split == 0 ? 1 : 0);
-}
-
 // Where row `row` of a KV head stands in softmax_lse [b, h_q, s_q].
 template <typename Params>
 __device__ __forceinline__ int64_t LseOffset(const Params& params, int request, int kv_head,

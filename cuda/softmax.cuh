@@ -26,13 +26,15 @@ __device__ __forceinline__ float NaturalLse(float lse2) {
 // Sets to -inf the scores of a [64 x 64] fragment at columns `top` and on (rows of d[4j]) and at
 // columns `bottom` and on (rows of d[4j+2]).
 __device__ __forceinline__ void MaskFrom(float (&d)[32], int top, int bottom) {
-  const int column = sm90::FragmentColumn();
+  // From this thread's first column on: a number to compare constants with.
+  top -= sm90::FragmentColumn();
+  bottom -= sm90::FragmentColumn();
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (8 * j + i + column >= top) d[4 * j + i] = -INFINITY;
-      if (8 * j + i + column >= bottom) d[4 * j + 2 + i] = -INFINITY;
+      if (8 * j + i >= top) d[4 * j + i] = -INFINITY;
+      if (8 * j + i >= bottom) d[4 * j + 2 + i] = -INFINITY;
     }
   }
 }

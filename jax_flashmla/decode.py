@@ -14,12 +14,13 @@ from ._checks import (
     static_positive_float,
 )
 from ._primitive import Op
-from .schedule import TileSchedulerMetadata, default_num_parts, get_mla_metadata_op
+from .schedule import ROW_TILE, TileSchedulerMetadata, default_num_parts, get_mla_metadata_op
 
 KERNEL_HEAD_DIMS = (576, 512)  # (d_k, d_v)
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 KERNEL_PAGE_BLOCK_SIZES = (16, 32, 64, 128, 256)
 _DTYPES = (*KERNEL_DTYPES, jnp.float32)
+_FLAGS_PER_TILE = 16  # as in cuda/dense_decode/block.cuh
 
 
 def flash_mla_with_kvcache(
@@ -236,8 +237,11 @@ def _kernel(
     types = [
         ((b, h_kv, rows, head_dim_v), q.dtype),
         ((b, h_q, s_q), jnp.float32),
-        ((slots, h_kv, rows, head_dim_v), jnp.float32),
+        # Scratch: partial results, their scales and log-sum-exps, and flags of 64 bits.
+        ((slots, h_kv, rows, head_dim_v), jnp.float16),
+        ((slots, h_kv, 4, rows), jnp.float32),
         ((slots, h_kv, rows), jnp.float32),
+        ((parts, h_kv, -(-rows // ROW_TILE), 2 * _FLAGS_PER_TILE), jnp.int32),
     ]
     target = "jax_flashmla_dense_decode"
     if not schedule:

@@ -61,4 +61,6 @@ if __name__ == "__main__":
     run([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16, **chosen)
     run([300, 40, 0, 1000], 32, s_q=4, offsets=[7, -30, 5, -2000], **chosen)
     run([70] * 140, 64, page=128, **chosen)
+    run([512] * 66, 16, **chosen)  # two splits each, which decode joins
+    run([700] * 20 + [0, 64, 2000], 128, **chosen)  # one, two and more splits
     print("all kernels ran")

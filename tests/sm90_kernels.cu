@@ -8,7 +8,9 @@
 #include <utility>
 
 #include "ffi.h"
+#include "partial_result.cuh"
 #include "sm90/fragment.cuh"
+#include "sm90/global_flag.cuh"
 #include "sm90/tma.cuh"
 #include "softmax.cuh"
 #include "tensor_map.h"
@@ -189,6 +191,79 @@ __global__ void MulticastKernel(const __grid_constant__ CUtensorMap map, int rou
   ClusterSync();
 }
 
+// In each round the lanes of one warp load rows [kBulkRows, units] of 16 bytes each to places that
+// are further apart, and one barrier counts all of their bytes.
+constexpr int kBulkRows = 40, kBulkPitch = 68;
+
+__global__ void BulkLoadKernel(const uint4* rows, int rounds, int units, uint4* out) {
+  __shared__ uint4 loaded[kBulkRows * kBulkPitch];
+  __shared__ Barrier full;
+  if (threadIdx.x == 0) {
+    BarrierInit(&full, 1);
+    FenceBarrierInit();
+  }
+  for (int round = 0; round < rounds; ++round) {
+    for (int i = threadIdx.x; i < kBulkRows * kBulkPitch; i += kWarpSize) {
+      loaded[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    }
+    FenceAsyncProxy();
+    const uint32_t bytes = units * sizeof(uint4);
+    if (threadIdx.x == 0) ArriveExpectBytes(&full, kBulkRows * bytes);
+    __syncwarp();
+    for (int row = threadIdx.x; row < kBulkRows; row += kWarpSize) {
+      BulkLoad(loaded + row * kBulkPitch, rows + (round * kBulkRows + row) * units, bytes, &full);
+    }
+    Wait(&full, round & 1);
+    for (int i = threadIdx.x; i < kBulkRows * kBulkPitch; i += kWarpSize) {
+      out[round * kBulkRows * kBulkPitch + i] = loaded[i];
+    }
+    __syncwarp();
+  }
+}
+
+// ----------------------------------------------------------------------------------- global flags
+
+// Blocks in pairs. The warps of the second one, of which one is late, copy a row to `shared_row`
+// and flag their shares of it; the first one waits for them, clears the flags and loads the row by
+// the copy engine. rows and received [rounds, pairs, kFlaggedUnits], shared_rows [pairs, ...],
+// flags [pairs, kFlaggingWarps].
+constexpr int kFlaggedUnits = 256, kFlaggingWarps = 4;
+
+__global__ void GlobalFlagKernel(const uint4* rows, int round, Flag value, uint4* shared_rows,
+                                 Flag* flags, uint4* received) {
+  __shared__ uint4 loaded[kFlaggedUnits];
+  __shared__ Barrier full;
+  const int pair = blockIdx.x / 2, pairs = gridDim.x / 2;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int row = (round * pairs + pair) * kFlaggedUnits;
+  uint4* shared_row = shared_rows + pair * kFlaggedUnits;
+  flags += pair * kFlaggingWarps;
+  if (blockIdx.x % 2 == 1) {
+    if (warp == round % kFlaggingWarps) __nanosleep(20000);
+    for (int i = threadIdx.x; i < kFlaggedUnits; i += blockDim.x) shared_row[i] = rows[row + i];
+    ReleaseGlobalWrites();
+    if (lane == 0) SetFlag(flags + warp, value);
+  } else if (warp == 0) {
+    if (lane == 0) {
+      BarrierInit(&full, 1);
+      FenceBarrierInit();
+    }
+    if (lane < kFlaggingWarps) {
+      while (ReadFlag(flags + lane) != value) {
+      }
+      SetFlag(flags + lane, 0);
+    }
+    AcquireGlobalWrites();
+    if (lane == 0) {
+      ArriveExpectBytes(&full, sizeof(loaded));
+      BulkLoad(loaded, shared_row, sizeof(loaded), &full);
+    }
+    __syncwarp();
+    Wait(&full, 0);
+    for (int i = lane; i < kFlaggedUnits; i += kWarpSize) received[row + i] = loaded[i];
+  }
+}
+
 // -------------------------------------------------------------------------------------- fragments
 
 // d [64 x 64] rounded and stored as a tile, and that tile loaded as A fragments [4][128][4].
@@ -213,6 +288,13 @@ __global__ void PackKernel(const float2* pairs, uint32_t* packed) {
   packed[i] = Pack<T>(pairs[i].x, pairs[i].y);
 }
 
+template <typename T>
+__global__ void UnpackKernel(const uint32_t* packed, float2* pairs, uint32_t* again) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  pairs[i] = Unpack<T>(packed[i]);
+  again[i] = Pack<T>(pairs[i].x, pairs[i].y);
+}
+
 __global__ void QuadTransposeKernel(uint4* rows) {
   const uint4 row = rows[threadIdx.x];
   uint32_t words[4] = {row.x, row.y, row.z, row.w};
@@ -226,6 +308,22 @@ __global__ void QuadReduceKernel(const float2* pairs, float2* largest, float2* s
   sums[threadIdx.x] = make_float2(QuadSum(x[0]), QuadSum(x[1]));
   QuadMax(x);
   largest[threadIdx.x] = make_float2(x[0], x[1]);
+}
+
+__global__ void QuadMaxKernel(float4* values) {
+  const float4 four = values[threadIdx.x];
+  float x[4] = {four.x, four.y, four.z, four.w};
+  QuadMax(x);
+  values[threadIdx.x] = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// ---------------------------------------------------------------------------------------- partials
+
+// A block a value; scales [blocks, 2]: forth and back.
+__global__ void HalfScaleKernel(const float* largest, float2* scales, float* scaled) {
+  const HalfScale scale(largest[blockIdx.x]);
+  scales[blockIdx.x] = make_float2(scale.forth, scale.back);
+  scaled[blockIdx.x] = largest[blockIdx.x] * scale.forth;
 }
 
 // -------------------------------------------------------------------------------------- multiplies
@@ -410,6 +508,24 @@ const char* tma_load_multicast(Array tensor, int pages, int rounds, int blocks, 
                 OnDevice(out));
 }
 
+const char* bulk_load(Array rows, int rounds, int units, Array out) {
+  return Launch({.grid = 1, .block = 32}, BulkLoadKernel, OnDevice(rows), rounds, units,
+                OnDevice(out));
+}
+
+// value u64[1]; one launch a round, all with the same flags.
+const char* global_flags(Array rows, int rounds, int pairs, Array value, Array shared_rows,
+                         Array flags, Array received) {
+  const OnDevice from(rows), between(shared_rows), flagged(flags), to(received);
+  for (int round = 0; round < rounds; ++round) {
+    const char* error =
+        Launch({.grid = dim3(2 * pairs), .block = kFlaggingWarps * kWarpSize}, GlobalFlagKernel,
+               from, round, *static_cast<const Flag*>(value.data), between, flagged, to);
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+
 const char* fragments(Array d, bool bf16, Array tile, Array a) {
   const auto run = [&](auto kernel) {
     return Launch({.grid = 1, .block = 128}, kernel, OnDevice(d), OnDevice(tile), OnDevice(a));
@@ -425,6 +541,15 @@ const char* pack(Array pairs, bool bf16, Array packed) {
   return bf16 ? run(PackKernel<__nv_bfloat16>) : run(PackKernel<__half>);
 }
 
+const char* unpack(Array packed, bool bf16, Array pairs, Array again) {
+  const unsigned count = packed.bytes / sizeof(uint32_t);
+  const auto run = [&](auto kernel) {
+    return Launch({.grid = count / 32, .block = 32}, kernel, OnDevice(packed), OnDevice(pairs),
+                  OnDevice(again));
+  };
+  return bf16 ? run(UnpackKernel<__nv_bfloat16>) : run(UnpackKernel<__half>);
+}
+
 const char* quad_transpose(Array rows) {
   return Launch({.grid = 1, .block = 32}, QuadTransposeKernel, OnDevice(rows));
 }
@@ -432,6 +557,16 @@ const char* quad_transpose(Array rows) {
 const char* quad_reduce(Array pairs, Array largest, Array sums) {
   return Launch({.grid = 1, .block = 32}, QuadReduceKernel, OnDevice(pairs), OnDevice(largest),
                 OnDevice(sums));
+}
+
+const char* quad_max_of_four(Array values) {
+  return Launch({.grid = 1, .block = 32}, QuadMaxKernel, OnDevice(values));
+}
+
+const char* half_scale(Array largest, Array scales, Array scaled) {
+  const unsigned count = largest.bytes / sizeof(float);
+  return Launch({.grid = count, .block = 1}, HalfScaleKernel, OnDevice(largest), OnDevice(scales),
+                OnDevice(scaled));
 }
 
 const char* multiply(Array a, Array b, bool bf16, Array d, bool accumulate, bool register_a) {

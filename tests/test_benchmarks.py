@@ -496,7 +496,7 @@ def test_fixed_splits_are_reported_where_they_were_measured(workloads, report):
     }  # fmt: skip
     results["fixed"] = {"commit": "1", "rows": [row]}
     text = report.page_text(results, "file", "plot", "growth")
-    scratch = 2 * 1280 * 16 * 513 * 4
+    scratch = 1280 * (2 * 16 * (1024 + 20) + 128)
     line = f"| 128 x 4096, h_q 16, s_q 1 | 1024 | 150.0 | 125.0 | +20.0% | {scratch / 1e6:.1f} |"
     assert line in text
     assert "Measured at commit `1`" in text

@@ -1,5 +1,6 @@
 """flash_mla_with_kvcache: against float64, on the ground where such kernels have broken, misuse."""
 
+import dataclasses
 import functools
 import random
 
@@ -28,6 +29,11 @@ def check(inputs, implementation, **options):
     actual = decode(inputs, implementation, metadata=metadata, **options)
     cases.assert_decode_close(actual, cases.expected_decode(inputs, **options))
     return actual
+
+
+def assert_bit_equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
 
 
 def metadata_for(lengths, inputs, implementation="xla", **options):
@@ -129,11 +135,6 @@ def test_any_number_of_parts(num_sms, implementation):
 
 
 # The schedule that a call makes itself.
-
-
-def assert_bit_equal(actual, expected):
-    for a, e in zip(actual, expected, strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
 
 
 @pytest.mark.gpu
@@ -358,6 +359,177 @@ def test_parts_of_a_sequence_join_to_the_whole(s_q, implementation):
         lses.append(lse)
     actual = fm.merge_attention_states(np.stack(outs), np.stack(lses))
     cases.assert_decode_close(actual, cases.expected_decode(inputs, causal=True))
+
+
+# Requests that are split: two splits are joined by decode itself, more by the combine kernel.
+
+PARTS = 12
+LENGTHS = [40, 24 * 64 - 5, 320, 320 - 63, 320 - 20, 320 - 1, 9 * 64]
+SPLITS = [1, 5, 1, 2, 2, 2, 3]  # of which a part has the end of one and the start of the next
+
+
+def split_in(splits, lengths, inputs, implementation, **options):
+    """The schedule for `lengths`, which must have this many splits of each request."""
+    metadata = metadata_for(lengths, inputs, implementation, **options)
+    np.testing.assert_array_equal(np.diff(metadata[1]), splits)
+    return metadata
+
+
+def split_in_parts(inputs, implementation):
+    """The schedule of LENGTHS for PARTS parts."""
+    s_q, h_q = inputs.q.shape[1:3]
+    h_kv = inputs.k_cache.shape[2]
+    row_tiles = -(-s_q * h_q // h_kv // 64)
+    num_sms = PARTS * row_tiles * h_kv
+    return split_in(SPLITS, LENGTHS, inputs, implementation, num_sms=num_sms)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(len(LENGTHS), 1, 0, 3),
+        Case(len(LENGTHS), 1, 0, 16, dtype="float16"),
+        Case(len(LENGTHS), 1, 0, 16, page=16),
+        Case(len(LENGTHS), 2, 0, 16, 2, causal=True),
+        Case(len(LENGTHS), 1, 0, 64),
+        Case(len(LENGTHS), 1, 0, 128),  # a cluster
+        Case(len(LENGTHS), 2, 0, 128, causal=True),
+    ],
+    ids=str,
+)
+def test_one_two_three_and_more_splits(case, implementation):
+    inputs = cases.make_inputs(case, lengths=LENGTHS)
+    metadata = split_in_parts(inputs, implementation)
+    check(inputs, implementation, metadata=metadata, causal=case.causal)
+
+
+@pytest.mark.parametrize("h_q", [3, 128])
+@pytest.mark.parametrize(
+    "exponents", [[100] * 4, [-100] * 4, [66, -66, 0, 100]], ids=["large", "small", "mixed"]
+)
+def test_values_that_fp16_does_not_hold(exponents, h_q, implementation):
+    """By powers of 2 a quarter of the columns, so that all else stays as it was."""
+    lengths = [200, 256, 300, 500]
+    inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths)
+    inputs.q[..., :D_V] = 0  # the scores come from the other columns
+    values = inputs.k_cache[..., :D_V]
+    for i, pages in enumerate(inputs.block_table):
+        for j in range(-(-lengths[i] // 64)):
+            values[pages[j]] *= 2 ** (3 * (j // 2 % 2))  # the splits differ too
+    expected = cases.expected_decode(inputs)
+    scale = np.repeat(np.exp2(np.array(exponents, np.float32)), D_V // 4)
+    inputs.k_cache[..., :D_V] = values * scale.astype(values.dtype)
+    options = {"fixed_split_size": 128, "max_seqlen": 512}
+    metadata = split_in([2, 2, 3, 4], lengths, inputs, implementation, **options)
+    out, lse = decode(inputs, implementation, metadata=metadata)
+    out = (out.astype(np.float32) / scale).astype(out.dtype)
+    cases.assert_decode_close((out, lse), expected)
+
+
+@pytest.mark.parametrize("h_q", [3, 128])
+def test_values_that_are_not_finite_in_one_split(h_q, implementation):
+    """They stay in their columns, and what has the largest magnitude is not taken from them."""
+    lengths, splits, bad_splits = [256, 256, 300, 500], [2, 2, 3, 4], [0, 1, 1, 3]
+    inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths)
+    to_nan, to_inf, to_minus_inf = 5, 300, 301
+    pages = [inputs.block_table[i, 2 * split] for i, split in enumerate(bad_splits)]
+    # One token: a score of -inf, and 0 * inf. Of every other head inf, so that all becomes NaN.
+    inputs.k_cache[pages, 40, 0, to_nan] = np.inf
+    inputs.q[..., to_nan] = -1
+    inputs.q[:, :, 1::2, to_nan] = 1
+    # All tokens of a page: sums that float32 does not hold.
+    inputs.q[..., [to_inf, to_minus_inf]] = 0
+    inputs.k_cache[pages, :, 0, to_inf] = 3e38
+    inputs.k_cache[pages, :, 0, to_minus_inf] = -3e38
+    with np.errstate(invalid="ignore"):
+        out, lse = cases.expected_decode(inputs)
+    assert np.isnan(out[:, :, 0::2]).sum() == out[:, :, 0::2, 0].size
+    assert np.isnan(out[:, :, 1::2]).all()
+    out[:, :, 0::2, to_inf], out[:, :, 0::2, to_minus_inf] = np.inf, -np.inf
+    options = {"fixed_split_size": 128, "max_seqlen": 512}
+    metadata = split_in(splits, lengths, inputs, implementation, **options)
+    cases.assert_decode_close(decode(inputs, implementation, metadata=metadata), (out, lse))
+
+
+@pytest.mark.parametrize("h_q", [1, 3])  # two row tiles, and five
+def test_queries_that_see_nothing_of_a_split(h_q, implementation):
+    s_q, split_size = 100, 64
+    lengths = [128, 128, 190, 190, 256, 128, 190]
+    offset = np.array([0, -70, 0, -101, -85, -1000, INT32.min], np.int32)
+    blind = slice(5, 7)  # all of their queries
+    visible = np.add(lengths, offset)[:, None] - s_q + 1 + np.arange(s_q)
+    starts = split_size * np.arange(1, 3)  # of the second and the third split
+    sees = (visible[:, :, None] > starts).any(axis=1)
+    np.testing.assert_array_equal(sees[:5], [[1, 0], [0, 0], [1, 1], [1, 0], [1, 1]])
+    assert (visible[:5].min(axis=1) <= starts[[0, 0, 1, 0, 1]]).all()
+
+    inputs = cases.make_inputs(Case(len(lengths), s_q, 0, h_q), lengths=lengths)
+    inputs.k_cache[inputs.block_table[blind, :2]] = np.nan
+    options = {"fixed_split_size": split_size, "max_seqlen": 256}
+    metadata = split_in([2, 2, 3, 3, 4, 2, 3], lengths, inputs, implementation, **options)
+    options = {"causal": True, "causal_offset": jnp.asarray(offset)}
+    out, lse = check(inputs, implementation, metadata=metadata, **options)
+    assert (out[blind] == 0).all()
+    assert (lse[blind] == np.inf).all()
+
+
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_split_sequences_that_have_become_short(h_q, implementation):
+    inputs = cases.make_inputs(Case(len(LENGTHS), 1, 0, h_q), lengths=LENGTHS)
+    metadata = split_in_parts(inputs, implementation)
+    for now in ([0] * 7, [1] * 7, [0, 1, 0, 1, 0, 1, 0], [1, 0, 0, 64, 320, 0, 65]):
+        shorter = inputs.replace(cache_seqlens=np.array(now, np.int32))
+        check(shorter, implementation, metadata=metadata)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_arrays_of_different_schedules(h_q):
+    """Nobody says what that gives, but it ends, and the next call knows nothing of it."""
+    inputs = cases.make_inputs(Case(len(LENGTHS), 1, 0, h_q), lengths=LENGTHS)
+    ours, our_splits = metadata = split_in_parts(inputs, "cuda")
+    for tiles in (
+        [24, 5, 1, 5, 5, 5, 9],
+        [5, 5, 5, 9, 9, 9, 9],
+        [0, 0, 15, 0, 0, 0, 7],
+        [40, 0, 0, 0, 0, 0, 9],
+    ):
+        lengths = 64 * np.array(tiles)
+        num_sms = PARTS * -(-h_q // 64)
+        theirs, their_splits = metadata_for(lengths, inputs, "cuda", num_sms=num_sms)
+        assert theirs.num_parts == ours.num_parts
+        for mixed in (
+            (ours, their_splits),
+            (theirs, our_splits),
+            (dataclasses.replace(ours, first_part=theirs.first_part), our_splits),
+            (dataclasses.replace(ours, part_bounds=theirs.part_bounds), our_splits),
+        ):
+            out, lse = decode(inputs, "cuda", metadata=mixed)
+            assert out.shape == (len(LENGTHS), 1, h_q, D_V)
+            assert lse.shape == (len(LENGTHS), h_q, 1)
+        check(inputs, "cuda", metadata=metadata)
+
+
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_repeat_runs_of_splits_are_bit_equal(h_q, implementation):
+    """On one scratch, where every other call leaves partial results of other queries."""
+    inputs = cases.make_inputs(Case(len(LENGTHS), 1, 0, h_q), lengths=LENGTHS)
+    others = inputs.replace(q=inputs.q[::-1].copy())
+    metadata = split_in_parts(inputs, implementation)
+    q = jnp.stack([inputs.q, others.q])
+    _, *rest = inputs.device_arrays()
+
+    def turn(i):
+        return fm.flash_mla_with_kvcache(
+            q[i % 2], *rest, D_V, *metadata, implementation=implementation
+        )
+
+    turns = jnp.arange(50 if implementation == "cuda" else 4)
+    outs, lses = map(np.asarray, jax.jit(lambda turns: jax.lax.map(turn, turns))(turns))
+    for i, which in enumerate((inputs, others)):
+        cases.assert_decode_close((outs[i], lses[i]), cases.expected_decode(which))
+    for i in range(2, len(turns)):
+        assert_bit_equal((outs[i], lses[i]), (outs[i % 2], lses[i % 2]))
 
 
 # What only the device can see.

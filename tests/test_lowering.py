@@ -63,8 +63,10 @@ def test_decode_text(given, implementation):
     assert re.findall(r"tensor<(\S+)>", results) == [
         "4x1x256x512xbf16",
         "4x128x2xf32",
-        f"{2 * parts}x1x256x512xf32",
+        f"{2 * parts}x1x256x512xf16",
+        f"{2 * parts}x1x4x256xf32",
         f"{2 * parts}x1x256xf32",
+        f"{parts}x1x4x32xi32",
         *([] if given else schedule),
     ]
 
@@ -296,13 +298,18 @@ def test_cache_stays_in_place(loop, implementation, h200, request):
     assert temporary[0] == temporary[1]
 
 
+def partial_bytes(rows):
+    """Of a part: two partial results (fp16, scales, log-sum-exps), and flags of each row tile."""
+    return 2 * rows * (2 * D_V + 4 * 4 + 4) + -(-rows // 64) * 16 * 8
+
+
 @pytest.mark.parametrize(("s_q", "h_q"), [(1, 8), (1, 16), (1, 128), (2, 128), (4, 128)])
 @pytest.mark.usefixtures("compiled_kernels")
 def test_workspace_is_all_the_kernel_needs(s_q, h_q, h200):
     """Scratch follows heads and queries, not the batch, the table or the cache; as documented."""
     rows = s_q * h_q
     parts = 132 // -(-rows // 64)
-    scratch = 2 * parts * rows * (D_V + 1) * 4
+    scratch = parts * partial_bytes(rows)
     for b, width, pages in ((4, 10, 1000), (512, 16384, 500_000)):
         structs = (
             struct((b, s_q, h_q, D_K), sharding=h200),
@@ -339,7 +346,7 @@ def test_workspace_of_fixed_splits(b, h_q, h200):
 
     compiled = jax.jit(step).lower(*structs).compile()
     assert set(re.findall(r"jax_flashmla_\w+", compiled.as_text())) == {DECODE}
-    scratch = 2 * b * 16 * h_q * (D_V + 1) * 4
+    scratch = b * 16 * partial_bytes(h_q)
     # Beside it the schedule: 8 bytes a part, and what XLA makes it of.
     assert 0 <= compiled.memory_analysis().temp_size_in_bytes - scratch <= 1000 * b + 2**15
     notes = Path(__file__).parent.parent / "docs/tile_scheduler.md"

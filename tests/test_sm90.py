@@ -175,6 +175,35 @@ def test_tma_load_multicast(launch):
     np.testing.assert_array_equal(received, np.repeat(pages, 2, axis=1))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("units", [1, 64])
+def test_bulk_loads_of_rows(units, launch):
+    rounds, count, pitch = 3, 40, 68
+    rows = random((rounds, count, units, 4)).view(np.uint32)
+    out = np.zeros((rounds, count, pitch, 4), np.uint32)
+    launch("bulk_load", rows, rounds, units, out)
+    expected = np.full_like(out, 0xFFFFFFFF)
+    expected[:, :, :units] = rows
+    np.testing.assert_array_equal(out, expected)
+
+
+# ----------------------------------------------------------------------------------- global flags
+
+
+@pytest.mark.gpu
+def test_global_flags(launch):
+    """What other blocks write arrives whole, whatever stood in the flags, time and again."""
+    rounds, pairs, units = 20, 12, 256
+    rows = random((rounds, pairs, units, 4)).view(np.uint32)
+    received, shared_rows = np.zeros_like(rows), np.zeros_like(rows[0])
+    value = np.array([0x0123456789ABCDEF], np.uint64)
+    half = np.uint64(0xFFFFFFFF)
+    flags = np.tile(np.concatenate([value & half, value & ~half, ~value, 0 * value]), (pairs, 1))
+    launch("global_flags", rows, rounds, pairs, value, shared_rows, flags, received)
+    np.testing.assert_array_equal(received, rows)
+    np.testing.assert_array_equal(flags, 0)
+
+
 # -------------------------------------------------------------------------------------- fragments
 
 
@@ -209,6 +238,21 @@ def test_pack_rounds_to_nearest_even(dtype, launch):
 
 
 @pytest.mark.gpu
+@dtypes
+def test_unpack(dtype, launch):
+    """All values in both halves, and what Pack makes of them again."""
+    low = np.arange(2**16, dtype=np.uint32)
+    packed = low | low[::-1] << 16
+    pairs, again = np.empty((len(packed), 2), np.float32), np.empty_like(packed)
+    launch("unpack", packed, is_bf16(dtype), pairs, again)
+    with np.errstate(invalid="ignore"):  # some NaNs are of the signaling kind
+        expected = packed.view(dtype).astype(np.float32).reshape(pairs.shape)
+    np.testing.assert_array_equal(pairs, expected)
+    numbers = ~np.isnan(expected).reshape(-1)
+    np.testing.assert_array_equal(again.view(np.uint16)[numbers], packed.view(np.uint16)[numbers])
+
+
+@pytest.mark.gpu
 def test_quad_transpose(launch):
     rows = np.arange(32 * 4, dtype=np.uint32).reshape(8, 4, 4)
     expected = rows.swapaxes(1, 2).copy()
@@ -225,6 +269,42 @@ def test_quad_max_and_sum(launch):
     for actual, reduce in (largest, np.max), (sums, np.sum):
         expected = np.broadcast_to(reduce(pairs, axis=1, keepdims=True), pairs.shape)
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.gpu
+def test_quad_max_of_four(launch):
+    values = random((8, 4, 4))
+    values[3, :, 1], values[6, 1:, 2] = -np.inf, -np.inf
+    expected = np.broadcast_to(values.max(axis=1, keepdims=True), values.shape)
+    launch("quad_max_of_four", values)
+    np.testing.assert_array_equal(values, expected)
+
+
+# ---------------------------------------------------------------------------------------- partials
+
+
+@pytest.mark.gpu
+def test_half_scale(launch):
+    """Powers of 2 that undo each other; scaled values fill what fp16 has below its end."""
+    smallest = 2.0**-112
+    exponents = np.arange(-149, 128)
+    powers = np.ldexp(1.0, exponents)
+    inside = powers * np.random.default_rng(0).uniform(1, 2, len(powers))
+    info = np.finfo(np.float32)
+    edges = [0, info.max, info.tiny, info.smallest_subnormal, smallest]
+    largest = np.concatenate([powers, inside, edges]).astype(np.float32)
+    below = np.nextafter(largest, np.float32(0))
+    largest = np.concatenate([largest, below])
+    scales, scaled = np.empty((len(largest), 2), np.float32), np.empty_like(largest)
+    launch("half_scale", largest, scales, scaled)
+    forth, back = scales.astype(np.float64).T
+    for scale in forth, back:
+        assert (np.frexp(scale)[0] == 0.5).all()
+        assert (scale >= info.tiny).all()
+    np.testing.assert_array_equal(forth * back, 1)
+    np.testing.assert_array_equal(scaled, largest * forth)
+    assert (scaled < 2**15).all()
+    assert (scaled[largest >= smallest] >= 2**14).all()
 
 
 # -------------------------------------------------------------------------------------- multiplies

@@ -6,8 +6,9 @@
 
 #include <cstdint>
 
-#include "../mla.cuh"
+#include "../partial_result.cuh"
 #include "../sm90/fragment.cuh"
+#include "../sm90/global_flag.cuh"
 
 namespace jax_flashmla::dense_decode {
 
@@ -16,7 +17,6 @@ using namespace sm90;  // NOLINT: the PTX layer is the instruction set of these 
 constexpr int kChunkColumns = 64;
 constexpr int kChunks = kHeadDimK / kChunkColumns;  // of a tile; the last one is rope
 constexpr int kQuarterChunks = kHeadDimV / kChunkColumns / 4;
-constexpr int kQuarterColumns = kHeadDimV / 4;
 constexpr int kRegisterChunks = 6;  // chunks of Q that score keeps in registers
 constexpr int kTailChunks = kChunks - kRegisterChunks;
 // The slots of V columns that they pass through.
@@ -30,9 +30,12 @@ constexpr int kPageBatches = 4;  // of one page id a lane
 
 constexpr int kValueWarpgroups = 2;
 constexpr int kScoreWarpgroup = 2, kLoadWarpgroup = 3;
-constexpr int kLoadWarp = 0, kPlanWarp = 1;  // of the load warpgroup
+constexpr int kLoadWarp = 0, kPlanWarp = 1, kJoinWarp = 2;  // of the load warpgroup
 constexpr int kThreads = 4 * kWarpgroupSize;
 constexpr int kWarpsPerWarpgroup = 4;
+constexpr int kWritingWarps = kWarpsPerWarpgroup * (1 + kValueWarpgroups);  // score and value
+constexpr int kFlagsPerTile = 16;  // one a writing warp, in a line of their own
+static_assert(kWritingWarps <= kFlagsPerTile);
 // Registers a thread: 2 * kValue + kScore + kLoad = 65536 / 128.
 constexpr int kValueRegisters = 160, kScoreRegisters = 160, kLoadRegisters = 32;
 static_assert(2 * kValueRegisters + kScoreRegisters + kLoadRegisters == 65536 / kWarpgroupSize);
@@ -43,7 +46,8 @@ struct Piece {
   int32_t length;      // keys of the request
   int32_t first_tile;  // of this piece
   int32_t num_tiles;   // may be 0
-  int32_t slot;        // of the partial result; -1: the request is not split
+  int32_t slot;        // of the partial result; -1: this block writes the request's result
+  int32_t joined;      // the request has two splits: this block adds the other one, or makes it
   int32_t invalid;     // a page id outside the pool, or a length beyond the table
   // Within [-length, s_q], beyond which it would change nothing.
   int32_t causal_offset;
@@ -74,6 +78,22 @@ struct SharedMemoryPlan {
   Barrier piece_full[kPieceSlots], piece_empty[kPieceSlots];
   Barrier pages_full[kPageBatches], pages_empty[kPageBatches];
   Barrier q_full, q_empty;
+
+  // The other split of a request that this block joins: its log-sum-exps, the scales of its
+  // quarters, which score turns into weights, and its rows, in the slots of V columns when their
+  // last tile has been used. They are 64 bytes apart modulo 128, so that those of a fragment lie in
+  // different banks.
+  struct OtherRow {
+    __half o[kHeadDimV];
+    uint4 unused[4];
+  };
+  float other_lse[kTileRows];
+  float other_weight[kQuarters][kTileRows];
+  Barrier other_written, ring_free, other_full;
+  __device__ __forceinline__ OtherRow* OtherRows() {
+    static_assert(kTileRows * sizeof(OtherRow) <= sizeof(v));
+    return reinterpret_cast<OtherRow*>(v);
+  }
 };
 static_assert(sizeof(SharedMemoryPlan<__half>) <= 227 * 1024);
 
@@ -82,10 +102,14 @@ struct DecodeParams {
   const int32_t* cache_seqlens;  // [b]
   const int32_t* causal_offset;  // [b], or null
   TileSchedule schedule;
-  void* out;           // [b, h_kv, rows, d_v]
-  float* lse;          // [b, h_q, s_q]
-  float* o_partial;    // [2 * num_parts, h_kv, rows, d_v]
-  float* lse_partial;  // [2 * num_parts, h_kv, rows], base 2
+  void* out;   // [b, h_kv, rows, d_v]
+  float* lse;  // [b, h_q, s_q]
+  PartialResults partial;
+  // [2 * num_parts, h_kv, row_tiles, kFlagsPerTile]: `flag_value` where a warp has written its
+  // share. Whoever waits for a flag clears it, and no other launch has the same value: what was in
+  // the memory before is never taken for a flag.
+  Flag* flags;
+  Flag flag_value;
   int32_t batch, num_kv_heads, rows, group, s_q, row_tiles;
   int32_t num_blocks, max_blocks, page_shift;  // page_block_size = 1 << page_shift
   float scale_log2;                            // softmax_scale * log2(e)
@@ -100,7 +124,10 @@ struct BlockWork {
   __device__ __forceinline__ BlockWork(const DecodeParams& params) {
     row_tile = blockIdx.x % params.row_tiles;
     kv_head = blockIdx.x / params.row_tiles % params.num_kv_heads;
-    part = blockIdx.x / params.row_tiles / params.num_kv_heads;
+    // The last part first: blocks wait for those of later parts, which so have started before them,
+    // as long as blocks start in the order of their indices. That they do is how the hardware
+    // works.
+    part = params.schedule.num_parts - 1 - blockIdx.x / params.row_tiles / params.num_kv_heads;
     begin = params.schedule.part_bounds[part];
     end = params.schedule.part_bounds[part + 1];
   }
@@ -108,6 +135,41 @@ struct BlockWork {
     return end.request - begin.request + (end.tile > 0 ? 1 : 0);
   }
 };
+
+// Whether part `part` begins with the second of two splits. From the bounds alone, like all that
+// decides who waits for whom: arrays that do not belong together may give wrong results, but must
+// not make a block wait forever.
+__device__ __forceinline__ bool BeginsInSecondOfTwo(const TileSchedule& schedule, int part) {
+  const PartBound bound = schedule.part_bounds[part];
+  const PartBound before = schedule.part_bounds[max(part - 1, 0)];
+  const PartBound after = schedule.part_bounds[part + 1];
+  return bound.tile > 0 && (before.request < bound.request || before.tile == 0) &&
+         after.request > bound.request;
+}
+
+// The flags of the split with which a part begins, of this block's rows.
+__device__ __forceinline__ Flag* FlagsOf(const DecodeParams& params, const BlockWork& work,
+                                         int part) {
+  const int64_t head = static_cast<int64_t>(part) * params.num_kv_heads + work.kv_head;
+  return params.flags + (head * params.row_tiles + work.row_tile) * kFlagsPerTile;
+}
+
+// Hides from the compiler what a value is computed from, so that it computes it where it is used
+// instead of keeping it in a register through the loops: value has none to spare.
+__device__ __forceinline__ int Opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// One warp, of `kWritingWarps`, tells another block that its share of this part's first split is
+// written.
+__device__ __forceinline__ void FlagPartial(const DecodeParams& params, const BlockWork& work) {
+  ReleaseGlobalWrites();
+  const int thread = Opaque(threadIdx.x);
+  if (thread % kWarpSize == 0) {
+    SetFlag(FlagsOf(params, work, work.part) + thread / kWarpSize, params.flag_value);
+  }
+}
 
 // Position in a ring of buffers, and the parity of its current round, in one register.
 template <int kSlots>
@@ -127,13 +189,6 @@ class RingCursor {
 __device__ __forceinline__ bool IsFirstLane() { return threadIdx.x % kWarpSize == 0; }
 // Of the four lanes that share two rows of a fragment.
 __device__ __forceinline__ bool IsFirstOfQuad() { return threadIdx.x % 4 == 0; }
-
-// Hides from the compiler what a value is computed from, so that it computes it where it is used
-// instead of keeping it in a register through the loops: value has none to spare.
-__device__ __forceinline__ int Opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
 
 // One warp tells the loaders of all blocks of the cluster that it has read a slot for good.
 template <int kClusterSize>

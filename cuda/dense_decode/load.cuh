@@ -59,6 +59,7 @@ class Loader {
                   row, kv_head_, request);
       }
       v_.Advance();
+      oldest_.Advance();  // queries do not count for Pace()
     }
   }
 
@@ -88,6 +89,7 @@ class Loader {
     for (int quarter = 0; quarter < 4; ++quarter) {
       Barrier* full = &smem_.v_full[v_.Slot()];
       Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
+      Pace();
       ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
 #pragma unroll
       for (int c = 0; c < kQuarterChunks; ++c) {
@@ -99,6 +101,18 @@ class Loader {
     ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], SmemTile<T>::kBytes);
     LoadChunk(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1, ids, row);
     rope_.Advance();
+  }
+
+  // Where the memory is the limit, waits until fewer than kInFlight slots of keys are on their way.
+  // More would not be faster, but make each block wait longer for its next tile.
+  __device__ __forceinline__ void Pace() {
+    if constexpr (kClusterSize > 1) return;
+    if (in_flight_ == kInFlight) {
+      Wait(&smem_.v_full[oldest_.Slot()], oldest_.Parity());
+      oldest_.Advance();
+    } else {
+      ++in_flight_;
+    }
   }
 
   // This block's share of a tile, as far as the open batch of page ids reaches. Unrolled: the
@@ -174,6 +188,9 @@ class Loader {
   CachePolicy policy_;  // for the keys
   int kv_head_;
   int end_;  // the tile behind this piece
+  static constexpr int kInFlight = 4;
+  int in_flight_ = 0;
+  RingCursor<kValueSlots> oldest_;
   uint32_t turn_ = 0, q_parity_ = 0;
   int batch_end_;  // the page of the sequence behind the open batch of page ids
   RingCursor<kPieceSlots> piece_;

@@ -35,12 +35,10 @@ class Planner {
 
  private:
   __device__ __forceinline__ Piece MakePiece(const BlockWork& work, int request, int first) const {
-    const TileSchedule& schedule = params_.schedule;
     Piece piece;
     piece.request = request;
     const int64_t capacity = int64_t{params_.max_blocks} << params_.page_shift;
     const int length = params_.cache_seqlens[piece.request];
-    const int splits = schedule.num_splits[piece.request + 1] - schedule.num_splits[piece.request];
     piece.invalid = length > capacity;
     piece.length = piece.invalid ? static_cast<int>(capacity) : max(length, 0);
     piece.causal_offset = 0;
@@ -49,12 +47,17 @@ class Planner {
           min(max(params_.causal_offset[piece.request], -piece.length), params_.s_q);
     }
     const int tiles = piece.length / kTileTokens + (piece.length % kTileTokens != 0);
-    const int split = first == 0 ? 0 : work.part - schedule.first_part[piece.request];
+    const bool goes_on = request == work.end.request;  // in the next part
     // The last split runs to the actual length, whatever the schedule was made for.
-    const int last = split == splits - 1 ? tiles : min(work.end.tile, tiles);
+    const int last = goes_on ? min(work.end.tile, tiles) : tiles;
     piece.first_tile = min(first, tiles);
     piece.num_tiles = max(last - piece.first_tile, 0);
-    piece.slot = splits == 1 ? -1 : PartialSlot(work.part, split);
+    const bool shared = first > 0 || goes_on;
+    const int second =
+        first > 0 ? work.part : work.part + 1;  // the part of the second split, if two
+    piece.joined = shared && BeginsInSecondOfTwo(params_.schedule, second);
+    const bool writes_result = !shared || (piece.joined && first == 0);
+    piece.slot = writes_result ? -1 : PartialSlot(work.part, first == 0);
     return piece;
   }
 

@@ -1,6 +1,8 @@
 // The score warpgroup of dense decode: S = Q K^T, softmax, P.
 #pragma once
 
+#include <limits>
+
 #include "../softmax.cuh"
 #include "block.cuh"
 
@@ -49,7 +51,7 @@ class Scorer {
         message_.Advance();
       }
       Announce();
-      Finish(work, piece, softmax);
+      Finish(work, smem_.pieces[Opaque(piece_.Slot())], softmax);
       Arrive(&smem_.piece_empty[piece_.Slot()]);
       piece_.Advance();
     }
@@ -153,6 +155,7 @@ class Scorer {
     if (piece.invalid) {
       factor[0] = factor[1] = lse2[0] = lse2[1] = NAN;
     }
+    if (piece.joined && piece.slot < 0) Join(factor, lse2);
     Wait(&smem_.message_empty[message_.Slot()], message_.Parity() ^ 1);
     WriteFactors(factor);
     __syncwarp();
@@ -161,13 +164,39 @@ class Scorer {
     Announce();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = work.row_tile * kTileRows + FragmentRow() + 8 * i;
+      const int row = Opaque(work.row_tile * kTileRows + FragmentRow() + 8 * i);
       if (!IsFirstOfQuad() || row >= params_.rows) continue;
       if (piece.slot >= 0) {
-        const int64_t base = static_cast<int64_t>(piece.slot) * params_.num_kv_heads + work.kv_head;
-        params_.lse_partial[base * params_.rows + row] = lse2[i];
+        params_.partial.lse[PartialRow(params_, piece.slot, work.kv_head, row)] = lse2[i];
       } else {
         params_.lse[LseOffset(params_, piece.request, work.kv_head, row)] = NaturalLse(lse2[i]);
+      }
+    }
+    if (piece.joined && piece.slot >= 0) FlagPartial(params_, work);
+  }
+
+  // Weighs this split and the other one: `factor` and `lse2` become those of both together.
+  __device__ __forceinline__ void Join(float (&factor)[2], float (&lse2)[2]) {
+    Arrive(&smem_.ring_free);
+    Wait(&smem_.other_written, 0);
+    const int first_row = Opaque(FragmentRow());
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + 8 * i;
+      const float other_lse2 = smem_.other_lse[row];
+      float largest = fmaxf(lse2[i], other_lse2);
+      if (largest == -INFINITY) largest = 0.f;  // -inf - -inf is NaN
+      const float own = Exp2(lse2[i] - largest), other = Exp2(other_lse2 - largest);
+      const float sum = own + other;
+      const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+      // 0 stays what a row has that sees no key, for values that are not finite.
+      constexpr float kLeast = std::numeric_limits<float>::denorm_min();
+      const float weighed = factor[i] * own * inverse;
+      factor[i] = factor[i] != 0.f && weighed == 0.f ? kLeast : weighed;
+      lse2[i] = log2f(sum) + largest;  // -inf where the sum is 0
+      if (IsFirstOfQuad()) {
+#pragma unroll
+        for (int q = 0; q < kQuarters; ++q) smem_.other_weight[q][row] *= other * inverse;
       }
     }
   }

@@ -17,7 +17,7 @@ class ValueAccumulator {
   __device__ __forceinline__ void Run(const BlockWork& work) {
     const int num_pieces = work.NumPieces();
     for (int i = 0; i < num_pieces; ++i) {
-      Wait(&smem_.message_full[message_.Slot()], message_.Parity());
+      Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
       const int num_tiles = ThisPiece().num_tiles;
       if (num_tiles > 0) v_.Advance(kQuerySlots);
       Clear();
@@ -28,7 +28,7 @@ class ValueAccumulator {
         for (int n = 0; n < kBlocks; ++n) {
           Wait(&smem_.v_full[quarters[n].Slot()], quarters[n].Parity());
         }
-        if (t > 0) Wait(&smem_.message_full[message_.Slot()], message_.Parity());
+        Wait(&smem_.message_full[message_.Slot()], message_.Parity());
         Rescale();
         if (t == num_tiles - 1) {
           const int valid = ThisPiece().length - (ThisPiece().first_tile + t) * kTileTokens;
@@ -37,12 +37,16 @@ class ValueAccumulator {
         MultiplyAndAdd(quarters);
         v_.Advance(4);
       }
-      if (num_tiles > 0) Wait(&smem_.message_full[message_.Slot()], message_.Parity());
+      const bool joins = ThisPiece().joined && ThisPiece().slot < 0;
+      if (joins) Arrive(&smem_.ring_free);
+      Wait(&smem_.message_full[message_.Slot()], message_.Parity());
       float factor[2];
       ReadFactors(factor);
       QuadBroadcast(factor);
+      if (joins) AddOtherSplit(factor);
       Write(work, factor);
       ReleaseMessage();
+      if (ThisPiece().joined && ThisPiece().slot >= 0) FlagPartial(params_, work);
       Arrive(&smem_.piece_empty[piece_.Slot()]);
       piece_.Advance();
     }
@@ -138,70 +142,158 @@ class ValueAccumulator {
     ReleaseMessage();
   }
 
-  __device__ __forceinline__ void Write(const BlockWork& work, const float (&factor)[2]) {
-    const Piece& piece = ThisPiece();
-    const bool split = piece.slot >= 0;
-    const int64_t head =
-        static_cast<int64_t>(split ? piece.slot : piece.request) * params_.num_kv_heads +
-        work.kv_head;
+  // Makes of this split's O the result of both, after which there is no factor left.
+  __device__ __forceinline__ void AddOtherSplit(float (&factor)[2]) {
+    Wait(&smem_.other_full, 0);
+    const int first_row = Opaque(FragmentRow());
+    const auto* rows = smem_.OtherRows() + first_row;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = Opaque(work.row_tile * kTileRows + FragmentRow() + 8 * i);
-      const int64_t offset = (head * params_.rows + row) * kHeadDimV + index_ * kQuarterColumns;
-      if (split) {
-        WritePartialRow(params_.o_partial + offset, i, factor[i], row < params_.rows);
-      } else {
-        WriteRow(static_cast<T*>(params_.out) + offset, i, factor[i], row < params_.rows);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        const float weight = smem_.other_weight[Quarter(n)][first_row + 8 * i];
+        const uint4* lane =
+            reinterpret_cast<const uint4*>(rows[8 * i].o + Quarter(n) * kQuarterColumns) +
+            threadIdx.x % 4;
+#pragma unroll
+        for (int j = 0; j < kQuarterColumns; j += 32) {
+          const uint4 unit = lane[j / 8];
+          const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
+#pragma unroll
+          for (int g = 0; g < 4; ++g) {
+            float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
+            const float2 other = Unpack<__half>(words[g]);
+            e[0] = fmaf(weight, other.x, Normalised(e[0], factor[i]));
+            e[1] = fmaf(weight, other.y, Normalised(e[1], factor[i]));
+          }
+        }
       }
+    }
+    factor[0] = factor[1] = 1.f;
+  }
+
+  __device__ __forceinline__ void Write(const BlockWork& work, const float (&factor)[2]) {
+    const Piece& piece = ThisPiece();
+    const int row = Opaque(work.row_tile * kTileRows + FragmentRow());
+    if (!__any_sync(kFullWarp, row < params_.rows)) return;
+    if (piece.slot >= 0) {
+      WritePartialRows(work, piece.slot, row, factor);
+    } else {
+      const int64_t head =
+          static_cast<int64_t>(piece.request) * params_.num_kv_heads + work.kv_head;
+      WriteRows(static_cast<T*>(params_.out) + (head * params_.rows + row) * kHeadDimV, row,
+                factor);
     }
   }
 
   // A quad holds 2 neighbouring columns a lane in each group of 8; a transpose makes that 8, so
   // that each lane stores 16 bytes and a quad 64 in a row.
-  __device__ __forceinline__ void WriteRow(T* row, int i, float factor, bool store) {
+  __device__ __forceinline__ void WriteRows(T* out, int row, const float (&factor)[2]) {
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < kQuarterColumns; j += 32) {
-        uint32_t words[4];
+      for (int n = 0; n < kBlocks; ++n) {
+        T* quarter = out + 8 * i * kHeadDimV + Quarter(n) * kQuarterColumns;
 #pragma unroll
-        for (int g = 0; g < 4; ++g) {
-          const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
-          words[g] = Pack<T>(Normalised(e[0], factor), Normalised(e[1], factor));
-        }
-        QuadTranspose(words);
-        if (store) {
-          *reinterpret_cast<uint4*>(row + n * 2 * kQuarterColumns + j + threadIdx.x % 4 * 8) =
-              make_uint4(words[0], words[1], words[2], words[3]);
+        for (int j = 0; j < kQuarterColumns; j += 32) {
+          uint32_t words[4];
+          PackGroups<T>(words, n, j, i, factor[i]);
+          QuadTranspose(words);
+          if (row + 8 * i < params_.rows) StoreUnit(quarter + j, words);
         }
       }
     }
   }
 
-  // Of two groups of 8 columns an even lane takes the first one and an odd lane the second: 4
-  // neighbouring columns each, 16 bytes, after an exchange with the lane beside.
-  __device__ __forceinline__ void WritePartialRow(float* row, int i, float factor, bool store) {
-    if (!__any_sync(kFullWarp, store)) return;
-    const bool odd = threadIdx.x & 1;
-    row += odd ? 8 + FragmentColumn() - 2 : FragmentColumn();
+  // As partial_result.cuh says.
+  __device__ __forceinline__ void WritePartialRows(const BlockWork& work, int slot, int row,
+                                                   const float (&factor)[2]) {
+    float largest[2 * kBlocks], scaled[2 * kBlocks];
+    LargestFinite(largest);
+    QuadMax(largest);
+    WriteScales(params_.partial.scale + PartialQuarter(params_, slot, work.kv_head, row, 0), row,
+                largest, factor, scaled);
+    __half* o = params_.partial.o + PartialRow(params_, slot, work.kv_head, row) * kHeadDimV;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int j = 0; j < kQuarterColumns; j += 32) {
+          uint32_t words[4];
+          PackGroups<__half>(words, n, j, i, scaled[2 * n + i]);
+          if (row + 8 * i >= params_.rows) continue;
+          StoreUnit(o + 8 * i * kHeadDimV + Quarter(n) * kQuarterColumns + j, words);
+        }
+      }
+    }
+  }
+
+  // Writes the scales of this thread's quarters, and says what elements are to be multiplied with.
+  __device__ __forceinline__ void WriteScales(float* scales, int row,
+                                              const float (&largest)[2 * kBlocks],
+                                              const float (&factor)[2],
+                                              float (&scaled)[2 * kBlocks]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        const HalfScale scale(largest[2 * n + i] * factor[i]);
+        scaled[2 * n + i] = factor[i] * scale.forth;
+        if (!IsFirstOfQuad() || row + 8 * i >= params_.rows) continue;
+        scales[Quarter(n) * params_.rows + 8 * i] = scale.back;
+      }
+    }
+  }
+
+  // Of this thread's elements of row i in quarter n, the largest magnitude that is finite.
+  __device__ __forceinline__ void LargestFinite(float (&largest)[2 * kBlocks]) const {
+    bool infinite = false;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-      for (int j = 0; j < kQuarterColumns; j += 16) {
-        const float* first = o_[n] + j / 2 + 2 * i;
-        const float* second = first + 4;
-        float kept[2], other[2];
+      for (int i = 0; i < 2; ++i) {
+        float& x = largest[2 * n + i] = 0.f;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          kept[c] = Normalised(odd ? second[c] : first[c], factor);
-          other[c] = __shfl_xor_sync(kFullWarp, Normalised(odd ? first[c] : second[c], factor), 1);
+        for (int j = 2 * i; j < kAccumulators; j += 4) {
+          x = fmaxf(x, fmaxf(fabsf(o_[n][j]), fabsf(o_[n][j + 1])));
         }
-        if (!store) continue;
-        *reinterpret_cast<float4*>(row + n * 2 * kQuarterColumns + j) =
-            odd ? make_float4(other[0], other[1], kept[0], kept[1])
-                : make_float4(kept[0], kept[1], other[0], other[1]);
+        infinite |= x == INFINITY;
       }
     }
+    if (!__any_sync(kFullWarp, infinite)) return;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = largest[2 * n + i] = 0.f;
+#pragma unroll
+        for (int j = 2 * i; j < kAccumulators; j += j % 2 == 0 ? 1 : 3) {
+          if (fabsf(o_[n][j]) < INFINITY) x = fmaxf(x, fabsf(o_[n][j]));
+        }
+      }
+    }
+  }
+
+  // The quarter of the columns that block n of this warpgroup is.
+  __device__ __forceinline__ int Quarter(int n) const { return index_ + n * kValueWarpgroups; }
+
+  // Of row i, this thread's pairs in the 4 groups of 8 columns from j on.
+  template <typename Out>
+  __device__ __forceinline__ void PackGroups(uint32_t (&words)[4], int n, int j, int i,
+                                             float factor) const {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
+      words[g] = Pack<Out>(Normalised(e[0], factor), Normalised(e[1], factor));
+    }
+  }
+
+  // This lane's 16 bytes of the quad's 64.
+  template <typename Out>
+  __device__ __forceinline__ static void StoreUnit(Out* columns, const uint32_t (&words)[4]) {
+    reinterpret_cast<uint4*>(columns)[threadIdx.x % 4] =
+        make_uint4(words[0], words[1], words[2], words[3]);
   }
 
   // A row that sees no key is 0, also where a value that it does not see is not finite.

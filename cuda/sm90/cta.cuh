@@ -44,7 +44,7 @@ __device__ __forceinline__ void ShrinkRegisters() {
 }
 
 // Programmatic dependent launch. Until WaitForPriorKernels() returns, nothing that an earlier
-// kernel of the stream writes may be read, and nothing that it reads may be written.
+// kernel of the stream may still be writing may be read, and nothing that it reads may be written.
 __device__ __forceinline__ void WaitForPriorKernels() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

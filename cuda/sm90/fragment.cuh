@@ -17,13 +17,15 @@ __device__ __forceinline__ int FragmentRow() {
 // The column of d[0].
 __device__ __forceinline__ int FragmentColumn() { return threadIdx.x % 4 * 2; }
 
-__device__ __forceinline__ void QuadMax(float (&x)[2]) {
+template <int kCount>
+__device__ __forceinline__ void QuadMax(float (&x)[kCount]) {
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
-    const float other[2] = {__shfl_xor_sync(kFullWarp, x[0], step),
-                            __shfl_xor_sync(kFullWarp, x[1], step)};
-    x[0] = fmaxf(x[0], other[0]);
-    x[1] = fmaxf(x[1], other[1]);
+    float other[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) other[i] = __shfl_xor_sync(kFullWarp, x[i], step);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = fmaxf(x[i], other[i]);
   }
 }
 __device__ __forceinline__ float QuadSum(float x) {
@@ -35,6 +37,16 @@ __device__ __forceinline__ float QuadSum(float x) {
 __device__ __forceinline__ void QuadBroadcast(float (&x)[2]) {
   x[0] = __shfl_sync(kFullWarp, x[0], 0, 4);
   x[1] = __shfl_sync(kFullWarp, x[1], 0, 4);
+}
+
+// The two elements of type T in a word, as floats.
+template <typename T>
+__device__ __forceinline__ float2 Unpack(uint32_t packed) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(packed));
+  }
 }
 
 // Two floats rounded to T, `low` in the low half.

@@ -1,0 +1,38 @@
+// Flags in global memory, by which warps of one launch hand data over to other blocks. All lanes of
+// the writing warp call ReleaseGlobalWrites(), then one sets the flag; all lanes of the reading
+// warp call AcquireGlobalWrites() when some have seen the flags, before any reads or lets the copy
+// engine read.
+#pragma once
+
+#include "cta.cuh"
+
+namespace jax_flashmla::sm90 {
+
+using Flag = uint64_t;
+
+__device__ __forceinline__ void SetFlag(Flag* flag, Flag value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+__device__ __forceinline__ Flag ReadFlag(const Flag* flag) {
+  Flag value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+// Orders global memory between the copy engine and ordinary accesses of this thread.
+__device__ __forceinline__ void FenceAsyncProxyGlobal() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ __forceinline__ void FenceDevice() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void ReleaseGlobalWrites() {
+  FenceAsyncProxyGlobal();
+  __syncwarp();
+  FenceDevice();
+}
+__device__ __forceinline__ void AcquireGlobalWrites() {
+  FenceDevice();
+  __syncwarp();
+  FenceAsyncProxyGlobal();
+}
+
+}  // namespace jax_flashmla::sm90
