@@ -7,9 +7,9 @@
 //
 // Schedule: a block looks at one request, or, where that is less, at one of every kJoinedSplits
 // bounds between parts: a request of that many splits and more contains one of them. Blocks that
-// find nothing to do leave at once. One or several warps make a quarter of a row, sharing the
-// splits, all of which are in flight at once. How many warps that takes is only seen on the device;
-// the fewer, the fewer blocks have anything to do.
+// find nothing to do leave at once. A warp makes a row, a half or a quarter of it, whatever lets
+// all blocks run at once, with all splits in flight; several warps share the splits where there are
+// blocks to spare.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -23,19 +23,42 @@ namespace {
 using sm90::kFullWarp;
 using sm90::kWarpSize;
 
-constexpr int kSplitsAtOnce = 9;     // of a quarter of a row, that a warp has in flight
-constexpr int kRowSplitsAtOnce = 3;  // of a whole row
-constexpr int kLaneElements = 4;     // a lane loads 8 bytes
+constexpr int kLaneElements = 4;  // a lane loads 8 bytes
 static_assert(kWarpSize * kLaneElements == kQuarterColumns);
 
-// How the work is cut.
-enum class Shape {
-  kRows,         // a warp makes a row
-  kQuarters,     // up to 8 warps make a quarter of a row, as many as its splits take
-  kFewQuarters,  // 16 warps do, in blocks of which an SM holds one
+// How rows are cut into pieces, of which a warp, or several, make one.
+enum class Cut {
+  kFewQuarters,  // in blocks of 16 warps for one piece, of which an SM holds one
+  kQuarters,
+  kLongQuarters,  // of many splits
+  kHalves,
+  kRows,
+  kManyRows,  // more than run at once
 };
-constexpr int BlockWarps(Shape shape) { return shape == Shape::kFewQuarters ? 16 : 8; }
-constexpr int BlocksPerSm(Shape shape) { return shape == Shape::kFewQuarters ? 1 : 3; }
+constexpr int PieceQuarters(Cut cut) {
+  return cut == Cut::kRows || cut == Cut::kManyRows ? 4 : cut == Cut::kHalves ? 2 : 1;
+}
+// Splits that a warp has in flight.
+constexpr int SplitsAtOnce(Cut cut) {
+  switch (cut) {
+    case Cut::kLongQuarters:
+      return 17;
+    case Cut::kRows:
+      return 5;
+    case Cut::kManyRows:
+      return 3;
+    default:
+      return 9;
+  }
+}
+constexpr int BlockWarps(Cut cut) { return cut == Cut::kFewQuarters ? 16 : 8; }
+constexpr int BlocksPerSm(Cut cut) {
+  return cut == Cut::kFewQuarters ? 1 : cut == Cut::kManyRows ? 3 : 2;
+}
+// Whether several warps may share the splits of a piece.
+constexpr bool IsShared(Cut cut) { return PieceQuarters(cut) == 1; }
+constexpr int kSms = 132;  // of an H100 or H200; what it decides is the cut
+constexpr int kWarpsAtOnce = kSms * 2 * 8;
 
 // The splits of one request.
 struct SplitRequest {
@@ -170,63 +193,63 @@ __device__ __forceinline__ void WriteLse(const CombineParams& params, int reques
   params.lse[LseOffset(params, request, kv_head, row)] = NaturalLse(total);
 }
 
-// A warp a row.
-template <typename T>
-__device__ __forceinline__ void CombineRow(const CombineParams& params, const SplitRequest& request,
-                                           int kv_head, int row) {
-  const int element = threadIdx.x % kWarpSize * kLaneElements;
-  float4 sum[kQuarters] = {};
-  const float total =
-      AddSplits<kQuarters, kRowSplitsAtOnce>(params, request, kv_head, row, 0, 1, element, sum);
-#pragma unroll
-  for (int j = 0; j < kQuarters; ++j) {
-    WriteElements<T>(params, request.request, kv_head, row, j * kQuarterColumns + element, sum[j]);
-  }
-  if (element == 0) WriteLse(params, request.request, kv_head, row, total);
-}
-
-// `warps` warps, a power of 2, make quarter `quarter` of all rows' quarters, if there is one.
-template <typename T, int kBlockWarps>
-__device__ __forceinline__ void CombineQuarterRow(const CombineParams& params,
-                                                  const SplitRequest& request, int kv_head,
-                                                  int quarter, int warps) {
+// The sum over the `warps` warps, a power of 2, that share a piece, for the first one of them.
+template <int kBlockWarps>
+__device__ __forceinline__ float4 SumOverWarps(float4 sum, int warps) {
   __shared__ float4 partial[kBlockWarps][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int row = quarter / kQuarters;
-  const int element = quarter % kQuarters * kQuarterColumns + lane * kLaneElements;
-  const int share = warp & (warps - 1);
-  float4 sum[1] = {};
-  float total = 0.f;
-  if (row < params.rows) {
-    total = AddSplits<1, kSplitsAtOnce>(params, request, kv_head, row, share, warps, element, sum);
-  }
-  partial[warp][lane] = sum[0];
+  partial[warp][lane] = sum;
   __syncthreads();
-  if (share != 0 || row >= params.rows) return;
+  if (warp % warps != 0) return sum;
 #pragma unroll 4
   for (int w = 1; w < warps; ++w) {
     const float4 other = partial[warp + w][lane];
-    sum[0].x += other.x;
-    sum[0].y += other.y;
-    sum[0].z += other.z;
-    sum[0].w += other.w;
+    sum.x += other.x;
+    sum.y += other.y;
+    sum.z += other.z;
+    sum.w += other.w;
   }
-  WriteElements<T>(params, request.request, kv_head, row, element, sum[0]);
+  return sum;
+}
+
+// `warps` warps make piece `piece` of all rows' pieces, if there is one.
+template <typename T, Cut kCut>
+__device__ __forceinline__ void CombinePiece(const CombineParams& params,
+                                             const SplitRequest& request, int kv_head, int piece,
+                                             int warps) {
+  constexpr int kCount = PieceQuarters(kCut);
+  const int row = piece * kCount / kQuarters;
+  const int element =
+      piece * kCount % kQuarters * kQuarterColumns + threadIdx.x % kWarpSize * kLaneElements;
+  const int share = threadIdx.x / kWarpSize % warps;
+  float4 sum[kCount] = {};
+  float total = 0.f;
+  if (row < params.rows) {
+    total = AddSplits<kCount, SplitsAtOnce(kCut)>(params, request, kv_head, row, share, warps,
+                                                  element, sum);
+  }
+  if constexpr (IsShared(kCut)) sum[0] = SumOverWarps<BlockWarps(kCut)>(sum[0], warps);
+  if (share != 0 || row >= params.rows) return;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    WriteElements<T>(params, request.request, kv_head, row, element + j * kQuarterColumns, sum[j]);
+  }
   if (element == 0) WriteLse(params, request.request, kv_head, row, total);
 }
 
-// Warps for a quarter of a row, so that each has all of its splits in flight at once.
-template <Shape kShape>
+// Warps for a piece: as many as there are blocks for, with at least 4 splits each.
+template <Cut kCut>
 __device__ __forceinline__ int WarpsFor(int splits, int most) {
-  if constexpr (kShape == Shape::kFewQuarters) return BlockWarps(kShape);
+  if constexpr (!IsShared(kCut)) return 1;
+  if constexpr (kCut == Cut::kFewQuarters) return BlockWarps(kCut);
   int warps = 1;
-  while (warps < most && warps * kSplitsAtOnce < splits) warps *= 2;
+  while (warps < most && 2 * warps * 4 <= splits) warps *= 2;
   return warps;
 }
 
-// Grid: candidates * h_kv * units, unit fastest: enough units for `most_warps` warps a quarter row.
-template <typename T, Shape kShape>
-__global__ void __launch_bounds__(BlockWarps(kShape) * kWarpSize, BlocksPerSm(kShape))
+// Grid: candidates * h_kv * units, unit fastest: enough units for `most_warps` warps a piece.
+template <typename T, Cut kCut>
+__global__ void __launch_bounds__(BlockWarps(kCut) * kWarpSize, BlocksPerSm(kCut))
     CombineKernel(const __grid_constant__ CombineParams params, int units, int most_warps,
                   bool by_request) {
   const int unit = blockIdx.x % units;
@@ -242,61 +265,66 @@ __global__ void __launch_bounds__(BlockWarps(kShape) * kWarpSize, BlocksPerSm(kS
   if (!found && blockIdx.x > 0) return;
   sm90::WaitForPriorKernels();
   if (!found) return;
-  const int warp = unit * BlockWarps(kShape) + threadIdx.x / kWarpSize;
-  if constexpr (kShape == Shape::kRows) {
-    if (warp < params.rows) CombineRow<T>(params, request, kv_head, warp);
-  } else {
-    const int warps = WarpsFor<kShape>(request.splits, most_warps);
-    CombineQuarterRow<T, BlockWarps(kShape)>(params, request, kv_head, warp / warps, warps);
-  }
+  const int warps = WarpsFor<kCut>(request.splits, most_warps);
+  const int warp = unit * BlockWarps(kCut) + threadIdx.x / kWarpSize;
+  CombinePiece<T, kCut>(params, request, kv_head, warp / warps, warps);
 }
 
 struct LaunchPlan {
-  Shape shape;
-  int most_warps;  // for a quarter of a row
+  Cut cut;
+  int most_warps;  // for a piece
 };
 
-// By the number of splits of a request, on average.
-LaunchPlan PlanLaunch(const CombineParams& params) {
-  const int64_t parts = params.schedule.num_parts, batch = params.batch;
-  const int64_t quarters = batch * params.num_kv_heads * params.rows * kQuarters;
-  if (parts > 8 * kSplitsAtOnce * batch && quarters <= parts) return {Shape::kFewQuarters, 16};
-  for (const int warps : {8, 4, 2}) {
-    if (2 * parts > warps * kSplitsAtOnce * batch) return {Shape::kQuarters, warps};
+// With `rows` rows in all of the requests that may have to be combined.
+LaunchPlan PlanLaunch(const CombineParams& params, int64_t rows) {
+  const int64_t parts = params.schedule.num_parts;
+  if (parts > 72 * params.batch && rows * kQuarters <= parts) return {Cut::kFewQuarters, 16};
+  if (rows * kQuarters <= kWarpsAtOnce) {
+    int warps = 8;
+    while (rows * kQuarters * warps > kWarpsAtOnce) warps /= 2;
+    const bool are_many = parts > warps * SplitsAtOnce(Cut::kQuarters) * params.batch;
+    return {are_many ? Cut::kLongQuarters : Cut::kQuarters, warps};
   }
-  return {Shape::kRows, 0};
+  if (rows * kQuarters / 2 <= kWarpsAtOnce) return {Cut::kHalves, 1};
+  return {rows <= kWarpsAtOnce ? Cut::kRows : Cut::kManyRows, 1};
 }
 
-template <typename T>
-auto KernelOf(Shape shape) {
-  switch (shape) {
-    case Shape::kFewQuarters:
-      return CombineKernel<T, Shape::kFewQuarters>;
-    case Shape::kQuarters:
-      return CombineKernel<T, Shape::kQuarters>;
-    default:
-      return CombineKernel<T, Shape::kRows>;
-  }
+template <typename T, Cut kCut>
+ffi::Error LaunchCut(const CombineParams& params, int64_t candidates, bool by_request,
+                     int most_warps, cudaStream_t stream) {
+  constexpr const char* kOp = "flash_mla_with_kvcache";
+  const int64_t warps = int64_t{params.rows} * kQuarters / PieceQuarters(kCut) * most_warps;
+  const int64_t units = CeilDiv<int64_t>(warps, BlockWarps(kCut));
+  const int64_t blocks = candidates * params.num_kv_heads * units;
+  JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
+  return LaunchOverlapped(
+      kOp, stream, {.grid = dim3(blocks), .block = BlockWarps(kCut) * kWarpSize},
+      CombineKernel<T, kCut>, params, static_cast<int>(units), most_warps, by_request);
 }
 
 }  // namespace
 
 template <typename T>
 ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
-  constexpr const char* kOp = "flash_mla_with_kvcache";
   const int bounds = (params.schedule.num_parts - 1) / kJoinedSplits;
   if (bounds == 0) return ffi::Error::Success();  // no request has so many splits
-  const LaunchPlan plan = PlanLaunch(params);
-  const int block_warps = BlockWarps(plan.shape);
   const bool by_request = params.batch <= bounds;
-  const int warps =
-      plan.shape == Shape::kRows ? params.rows : params.rows * kQuarters * plan.most_warps;
-  const int units = CeilDiv(warps, block_warps);
   const int64_t candidates = by_request ? params.batch : bounds;
-  const int64_t blocks = candidates * params.num_kv_heads * units;
-  JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
-  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = block_warps * kWarpSize},
-                          KernelOf<T>(plan.shape), params, units, plan.most_warps, by_request);
+  const auto [cut, most_warps] = PlanLaunch(params, candidates * params.num_kv_heads * params.rows);
+  switch (cut) {
+    case Cut::kFewQuarters:
+      return LaunchCut<T, Cut::kFewQuarters>(params, candidates, by_request, most_warps, stream);
+    case Cut::kQuarters:
+      return LaunchCut<T, Cut::kQuarters>(params, candidates, by_request, most_warps, stream);
+    case Cut::kLongQuarters:
+      return LaunchCut<T, Cut::kLongQuarters>(params, candidates, by_request, most_warps, stream);
+    case Cut::kHalves:
+      return LaunchCut<T, Cut::kHalves>(params, candidates, by_request, most_warps, stream);
+    case Cut::kRows:
+      return LaunchCut<T, Cut::kRows>(params, candidates, by_request, most_warps, stream);
+    default:
+      return LaunchCut<T, Cut::kManyRows>(params, candidates, by_request, most_warps, stream);
+  }
 }
 
 template ffi::Error LaunchCombine<__nv_bfloat16>(const CombineParams&, cudaStream_t);
