@@ -13,6 +13,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "combine.h"
 #include "sm90/fragment.cuh"
 #include "softmax.cuh"
@@ -275,14 +277,22 @@ struct LaunchPlan {
   int most_warps;  // for a piece
 };
 
-// With `rows` rows in all of the requests that may have to be combined.
+// How many warps share a piece decides in which order its splits are added, so it must not follow
+// from the batch where the splits have a fixed size, and there are equally many parts for each
+// request. So it follows from the splits of a request on average, as if the parts were those of all
+// SMs; and the rest, which changes no bits, from the `rows` of all requests that may have to be
+// combined.
 LaunchPlan PlanLaunch(const CombineParams& params, int64_t rows) {
-  const int64_t parts = params.schedule.num_parts;
-  if (parts > 72 * params.batch && rows * kQuarters <= parts) return {Cut::kFewQuarters, 16};
-  if (rows * kQuarters <= kWarpsAtOnce) {
-    int warps = 8;
-    while (rows * kQuarters * warps > kWarpsAtOnce) warps /= 2;
-    const bool are_many = parts > warps * SplitsAtOnce(Cut::kQuarters) * params.batch;
+  const int64_t rows_each = int64_t{params.num_kv_heads} * params.rows;
+  const int64_t splits = std::max(params.schedule.num_parts / params.batch, 1);
+  if (splits > 72 && rows_each * kQuarters <= splits) return {Cut::kFewQuarters, 16};
+  const int64_t parts_of_sms =
+      kSms / (int64_t{params.num_kv_heads} * CeilDiv(params.rows, kTileRows));
+  const int64_t rows_of_sms = std::max<int64_t>(parts_of_sms / splits, 1) * rows_each;
+  int warps = 8;
+  while (warps > 1 && rows_of_sms * kQuarters * warps > kWarpsAtOnce) warps /= 2;
+  if (warps > 1 || rows * kQuarters <= kWarpsAtOnce) {
+    const bool are_many = splits > warps * SplitsAtOnce(Cut::kQuarters);
     return {are_many ? Cut::kLongQuarters : Cut::kQuarters, warps};
   }
   if (rows * kQuarters / 2 <= kWarpsAtOnce) return {Cut::kHalves, 1};
