@@ -228,7 +228,7 @@ def layers_section(results):
     cells = [
         [
             long_name(row), row["form"], number(row["us"], 2), number(row["alone_us"], 2),
-            f"{row['over']:+.1%}", number(row["graph_launches"], 0),
+            f"{row['over']:+.1%}", number(row.get("host_us"), 1), number(row["graph_launches"], 0),
             number(row["single_launches"], 0), str(row["distinct_caches"]),
         ]
         for row in rows
@@ -238,12 +238,24 @@ def layers_section(results):
         f"A step of {count} layers",
         "A jitted step that makes the metadata and calls the op for each layer, all layers' pages "
         "in one\nbuffer, the block table moved by layer; beside it as many calls of the kernel "
-        "alone, on the same\npages. Microseconds a layer. Launches: how many CUDA graphs, and how "
-        "many commands outside of them,\nXLA's plan of the step holds. Caches: how many layers "
-        'have pages of their own; the others use these\nagain in turn. "scan, graphs of 1" is '
-        "compiled with `xla_gpu_graph_min_graph_size=1`; without it XLA\nmakes no graph of a "
-        "loop's body that has fewer than 5 commands.",
-        ["case", "form", "us a layer", "alone us", "over", "graphs", "commands", "caches"],
+        "alone, on the same\npages. Microseconds a layer. Host: what the host takes to enqueue the "
+        "step, with three arrays a layer\nto pass; where that is as long as the step, the host is "
+        "what is timed. Launches: how many CUDA graphs,\nand how many commands outside of them, "
+        "XLA's plan of the step holds. Caches: how many layers have\npages of their own; the "
+        'others use these again in turn. "scan, graphs of 1" is compiled with\n'
+        "`xla_gpu_graph_min_graph_size=1`; without it XLA makes no graph of a loop's body that has "
+        "fewer than 5\ncommands.",
+        [
+            "case",
+            "form",
+            "us a layer",
+            "alone us",
+            "over",
+            "host us",
+            "graphs",
+            "commands",
+            "caches",
+        ],
         cells,
         note,
     )
