@@ -12,6 +12,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+from rounds import in_turns
 from timing import Round
 from workloads import HEAD_DIM_V
 
@@ -53,17 +54,34 @@ def step(outs, lses, qs, pool, table, lengths, *, case, scan, distinct, implemen
     return [*outs[:-1], out], [*lses[:-1], lse]
 
 
+def _steps(outs, lses, qs, pool, table, lengths, *, loops, **options):
+    def turn(outs, lses, lengths):
+        return step(outs, lses, qs, pool, table, lengths, **options)
+
+    return in_turns(turn, loops, outs, lses, lengths)
+
+
 def compile_step(shapes, form, layers, distinct, implementation):
-    """A form of the step for `shapes`, as `compile_and_count` gives it."""
+    """A form of the step for `shapes`, as `compile_and_count` gives it.
+
+    The program takes the step `shapes.loops` times; what is counted are the launches of one.
+    """
     scan, options = FORMS[form]
-    function = functools.partial(
-        step, case=shapes.case, scan=scan, distinct=distinct, implementation=implementation
-    )
-    lowered = jax.jit(function, donate_argnums=(0, 1), keep_unused=True).lower(
-        [shapes.out] * layers, [shapes.lse] * layers,
-        [shapes.q] * layers, shapes.pool, shapes.table, shapes.lengths,
-    )  # fmt: skip
-    return compile_and_count(lowered, layers, options)
+
+    def lower(loops):
+        function = functools.partial(
+            _steps, case=shapes.case, scan=scan, distinct=distinct, implementation=implementation,
+            loops=loops,
+        )  # fmt: skip
+        return jax.jit(function, donate_argnums=(0, 1), keep_unused=True).lower(
+            [shapes.out] * layers, [shapes.lse] * layers,
+            [shapes.q] * layers, shapes.pool, shapes.table, shapes.lengths,
+        )  # fmt: skip
+
+    compiled, launches = compile_and_count(lower(1), layers, options)
+    if shapes.loops > 1:
+        compiled = lower(shapes.loops).compile(compiler_options=options)
+    return compiled, launches
 
 
 def compile_and_count(lowered, trips, options):
@@ -105,10 +123,12 @@ def count_launches(thunks, trips):
 class LayerRound:
     """A compiled step with its inputs; `outs` and `lses` are those of the last step."""
 
-    def __init__(self, compiled, buffers, qs, pool, table, lengths):
+    def __init__(self, compiled, buffers, qs, pool, table, lengths, loops=1):
         self.outs, self.lses = buffers
 
         def enqueue():
             self.outs, self.lses = compiled(self.outs, self.lses, qs, pool, table, lengths)
 
-        self.round = Round(len(self.outs), enqueue, lambda: self.lses[-1].block_until_ready())
+        self.round = Round(
+            len(self.outs) * loops, enqueue, lambda: self.lses[-1].block_until_ready()
+        )

@@ -68,7 +68,14 @@ def _round(outs, lses, pool, qs, tables, lengths, metadata, *, case, implementat
 
 
 def _rounds(outs, lses, pool, qs, tables, lengths, metadata, *, loops, **options):
-    """The round, `loops` times.
+    def turn(outs, lses, lengths):
+        return _round(outs, lses, pool, qs, tables, lengths, metadata, **options)
+
+    return in_turns(turn, loops, outs, lses, lengths)
+
+
+def in_turns(turn, loops, outs, lses, lengths):
+    """turn(outs, lses, lengths) -> (outs, lses), `loops` times.
 
     Lengths, which every call reads, pass through the loop's carry and wait for the last result:
     so XLA cannot move calls out of the loop. The results of a turn are those of the last one's
@@ -77,12 +84,12 @@ def _rounds(outs, lses, pool, qs, tables, lengths, metadata, *, loops, **options
 
     def body(_, carry):
         lengths = carry[2]
-        outs, lses = _round(carry[0], carry[1], pool, qs, tables, lengths, metadata, **options)
+        outs, lses = turn(*carry)
         lengths, lses = jax.lax.optimization_barrier((lengths, lses))
         return outs, lses, lengths
 
     if loops == 1:
-        return _round(outs, lses, pool, qs, tables, lengths, metadata, **options)
+        return turn(outs, lses, lengths)
     return jax.lax.fori_loop(0, loops, body, (outs, lses, lengths))[:2]
 
 

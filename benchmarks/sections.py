@@ -43,7 +43,7 @@ class LayersBench(Bench):
 
     def compile(self):
         for case in self.cases:
-            shapes = Shapes(case, self.pool.shape[0], self.count)
+            shapes = Shapes(case, self.pool.shape[0], self.count, case.loops)
             for form in layers.FORMS:
                 self.compiler.submit(
                     (case.shape_key, form), layers.compile_step,
@@ -68,7 +68,7 @@ class LayersBench(Bench):
             compiled, launches[form] = self.compiler[case.shape_key, form]
             steps[form] = layers.LayerRound(
                 compiled, inputs.poisoned(self.count), inputs.qs, inputs.pool,
-                inputs.tables[0], inputs.lengths,
+                inputs.tables[0], inputs.lengths, case.loops,
             )  # fmt: skip
         rounds = {"alone": alone.round} | {form: s.round for form, s in steps.items()}
         times = time_rounds(

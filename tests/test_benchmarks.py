@@ -169,9 +169,11 @@ def test_short_rounds_are_long_enough_to_dispatch(workloads):
 
 
 @pytest.mark.usefixtures("compiled_kernels")
-def test_a_step_of_layers_has_all_its_calls(workloads, bench, h200):
-    layers = bench("layers")
-    shapes = bench("rounds").Shapes(workloads.Case(16, 1, 2, 4096), 1000, 6, sharding=h200)
+@pytest.mark.parametrize("loops", [1, 3])
+def test_a_step_of_layers_has_all_its_calls(loops, workloads, bench, h200):
+    """Also where it is taken several times in one program; what is counted is one step."""
+    layers, case = bench("layers"), workloads.Case(16, 1, 2, 4096)
+    shapes = bench("rounds").Shapes(case, 1000, 6, loops, sharding=h200)
     expected = {"unrolled": (6, (1, 0)), "scan": (1, None), "scan, graphs of 1": (1, None)}
     found = {}
     for form in layers.FORMS:
@@ -180,6 +182,7 @@ def test_a_step_of_layers_has_all_its_calls(workloads, bench, h200):
         assert text.count('"jax_flashmla_dense_decode"') == expected[form][0]
         assert text.count('"jax_flashmla_tile_scheduler"') == 1
         assert not copies_in(text)
+        assert text.count(" while(") == (form != "unrolled") + (loops > 1)
     assert found["unrolled"] == expected["unrolled"][1]
     assert found["scan"][0] == 0
     assert found["scan"][1] >= 6
@@ -187,12 +190,13 @@ def test_a_step_of_layers_has_all_its_calls(workloads, bench, h200):
     assert found["scan, graphs of 1"][1] == 0
 
 
-def test_layers_give_what_their_form_says(workloads, bench):
+@pytest.mark.parametrize("loops", [1, 3])
+def test_layers_give_what_their_form_says(loops, workloads, bench):
     """Unrolled, every layer's result; scanned, the last one's; each on its own pages."""
     layers, rounds = bench("layers"), bench("rounds")
     case, count, distinct = workloads.SMOKE[0], 2, 2
     pool = rounds.make_pool([case], lambda _: distinct)
-    shapes = rounds.Shapes(case, pool.shape[0], count)
+    shapes = rounds.Shapes(case, pool.shape[0], count, loops)
     inputs = rounds.Inputs(case, shapes.draw(), pool, count)
     first = jnp.asarray(workloads.page_tables(case, case.pages(), 1)[0])
     tables = [first + i % distinct * case.pages() for i in range(count)]
@@ -200,8 +204,9 @@ def test_layers_give_what_their_form_says(workloads, bench):
     for form, checked in (("unrolled", (0, 1)), ("scan", (1,))):
         compiled, _ = layers.compile_step(shapes, form, count, distinct, "xla")
         step = layers.LayerRound(
-            compiled, inputs.poisoned(count), inputs.qs, pool, first, inputs.lengths
+            compiled, inputs.poisoned(count), inputs.qs, pool, first, inputs.lengths, loops
         )
+        assert step.round.calls == count * loops
         step.round.enqueue()
         for i in checked:
             operands = (inputs.qs[i], tables[i], inputs.lengths, [step.outs[i]], [step.lses[i]])
