@@ -60,7 +60,7 @@ constexpr int BlocksPerSm(Cut cut) {
 // Whether several warps may share the splits of a piece.
 constexpr bool IsShared(Cut cut) { return PieceQuarters(cut) == 1; }
 constexpr int kSms = 132;  // of an H100 or H200; what it decides is the cut
-constexpr int kWarpsAtOnce = kSms * 2 * 8;
+constexpr int kWarpsAtOnce = kSms * BlocksPerSm(Cut::kQuarters) * BlockWarps(Cut::kQuarters);
 
 // The splits of one request.
 struct SplitRequest {
@@ -174,8 +174,8 @@ __device__ __forceinline__ float AddSplits(const CombineParams& params, const Sp
   return total;
 }
 
-// Elements `element` .. + 3 of a partial row (partial_result.cuh) are columns c, c + 1, c + 8, c
-// + 9.
+// Elements `element` .. + 3 of a partial row (partial_result.cuh) are columns c, c + 1, c + 8 and
+// c + 9 of it, of which this is c.
 __device__ __forceinline__ int FirstColumn(int element) {
   return element / 32 * 32 + element % 8 / 4 * 16 + element % 32 / 8 * 2;
 }
@@ -285,11 +285,14 @@ struct LaunchPlan {
 LaunchPlan PlanLaunch(const CombineParams& params, int64_t rows) {
   const int64_t rows_each = int64_t{params.num_kv_heads} * params.rows;
   const int64_t splits = std::max(params.schedule.num_parts / params.batch, 1);
-  if (splits > 72 && rows_each * kQuarters <= splits) return {Cut::kFewQuarters, 16};
+  constexpr int kMostWarps = BlockWarps(Cut::kQuarters);
+  if (splits > kMostWarps * SplitsAtOnce(Cut::kQuarters) && rows_each * kQuarters <= splits) {
+    return {Cut::kFewQuarters, BlockWarps(Cut::kFewQuarters)};
+  }
   const int64_t parts_of_sms =
       kSms / (int64_t{params.num_kv_heads} * CeilDiv(params.rows, kTileRows));
   const int64_t rows_of_sms = std::max<int64_t>(parts_of_sms / splits, 1) * rows_each;
-  int warps = 8;
+  int warps = kMostWarps;
   while (warps > 1 && rows_of_sms * kQuarters * warps > kWarpsAtOnce) warps /= 2;
   if (warps > 1 || rows * kQuarters <= kWarpsAtOnce) {
     const bool are_many = splits > warps * SplitsAtOnce(Cut::kQuarters);
@@ -299,42 +302,41 @@ LaunchPlan PlanLaunch(const CombineParams& params, int64_t rows) {
   return {rows <= kWarpsAtOnce ? Cut::kRows : Cut::kManyRows, 1};
 }
 
-template <typename T, Cut kCut>
-ffi::Error LaunchCut(const CombineParams& params, int64_t candidates, bool by_request,
-                     int most_warps, cudaStream_t stream) {
-  constexpr const char* kOp = "flash_mla_with_kvcache";
-  const int64_t warps = int64_t{params.rows} * kQuarters / PieceQuarters(kCut) * most_warps;
-  const int64_t units = CeilDiv<int64_t>(warps, BlockWarps(kCut));
-  const int64_t blocks = candidates * params.num_kv_heads * units;
-  JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
-  return LaunchOverlapped(
-      kOp, stream, {.grid = dim3(blocks), .block = BlockWarps(kCut) * kWarpSize},
-      CombineKernel<T, kCut>, params, static_cast<int>(units), most_warps, by_request);
+template <typename T>
+auto KernelOf(Cut cut) {
+  switch (cut) {
+    case Cut::kFewQuarters:
+      return CombineKernel<T, Cut::kFewQuarters>;
+    case Cut::kQuarters:
+      return CombineKernel<T, Cut::kQuarters>;
+    case Cut::kLongQuarters:
+      return CombineKernel<T, Cut::kLongQuarters>;
+    case Cut::kHalves:
+      return CombineKernel<T, Cut::kHalves>;
+    case Cut::kRows:
+      return CombineKernel<T, Cut::kRows>;
+    default:
+      return CombineKernel<T, Cut::kManyRows>;
+  }
 }
 
 }  // namespace
 
 template <typename T>
 ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
+  constexpr const char* kOp = "flash_mla_with_kvcache";
   const int bounds = (params.schedule.num_parts - 1) / kJoinedSplits;
   if (bounds == 0) return ffi::Error::Success();  // no request has so many splits
   const bool by_request = params.batch <= bounds;
   const int64_t candidates = by_request ? params.batch : bounds;
   const auto [cut, most_warps] = PlanLaunch(params, candidates * params.num_kv_heads * params.rows);
-  switch (cut) {
-    case Cut::kFewQuarters:
-      return LaunchCut<T, Cut::kFewQuarters>(params, candidates, by_request, most_warps, stream);
-    case Cut::kQuarters:
-      return LaunchCut<T, Cut::kQuarters>(params, candidates, by_request, most_warps, stream);
-    case Cut::kLongQuarters:
-      return LaunchCut<T, Cut::kLongQuarters>(params, candidates, by_request, most_warps, stream);
-    case Cut::kHalves:
-      return LaunchCut<T, Cut::kHalves>(params, candidates, by_request, most_warps, stream);
-    case Cut::kRows:
-      return LaunchCut<T, Cut::kRows>(params, candidates, by_request, most_warps, stream);
-    default:
-      return LaunchCut<T, Cut::kManyRows>(params, candidates, by_request, most_warps, stream);
-  }
+  const int64_t warps = int64_t{params.rows} * kQuarters / PieceQuarters(cut) * most_warps;
+  const int64_t units = CeilDiv<int64_t>(warps, BlockWarps(cut));
+  const int64_t blocks = candidates * params.num_kv_heads * units;
+  JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
+  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = BlockWarps(cut) * kWarpSize},
+                          KernelOf<T>(cut), params, static_cast<int>(units), most_warps,
+                          by_request);
 }
 
 template ffi::Error LaunchCombine<__nv_bfloat16>(const CombineParams&, cudaStream_t);

@@ -105,9 +105,11 @@ struct DecodeParams {
   void* out;   // [b, h_kv, rows, d_v]
   float* lse;  // [b, h_q, s_q]
   PartialResults partial;
-  // [2 * num_parts, h_kv, row_tiles, kFlagsPerTile]: `flag_value` where a warp has written its
-  // share. Whoever waits for a flag clears it, and no other launch has the same value: what was in
-  // the memory before is never taken for a flag.
+  // [num_parts, h_kv, row_tiles, kFlagsPerTile]: `flag_value` where a warp has written its share of
+  // the split with which the part begins. Each flag that is set is cleared again by the block that
+  // waits for it, since both ask BeginsInSecondOfTwo() the same, and no other call has the same
+  // value. So what was in the memory before is never taken for a flag, and a captured call can be
+  // replayed.
   Flag* flags;
   Flag flag_value;
   int32_t batch, num_kv_heads, rows, group, s_q, row_tiles;
@@ -161,8 +163,8 @@ __device__ __forceinline__ int Opaque(int value) {
   return value;
 }
 
-// One warp, of `kWritingWarps`, tells another block that its share of this part's first split is
-// written.
+// One warp, of `kWritingWarps`, tells another block that its share of the split with which this
+// part begins is written.
 __device__ __forceinline__ void FlagPartial(const DecodeParams& params, const BlockWork& work) {
   ReleaseGlobalWrites();
   const int thread = Opaque(threadIdx.x);

@@ -53,8 +53,8 @@ class Planner {
     piece.first_tile = min(first, tiles);
     piece.num_tiles = max(last - piece.first_tile, 0);
     const bool shared = first > 0 || goes_on;
-    const int second =
-        first > 0 ? work.part : work.part + 1;  // the part of the second split, if two
+    // The part that makes the second split, if there are two.
+    const int second = first > 0 ? work.part : work.part + 1;
     piece.joined = shared && BeginsInSecondOfTwo(params_.schedule, second);
     const bool writes_result = !shared || (piece.joined && first == 0);
     piece.slot = writes_result ? -1 : PartialSlot(work.part, first == 0);
