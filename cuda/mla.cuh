@@ -24,6 +24,8 @@ constexpr int kTileTokens = 64;  // tokens of a key tile
 constexpr int kTileRows = 64;    // query rows of a row tile
 constexpr int kRequestOverhead = 2;
 constexpr int kAlignedTolerance = 16;
+// A request of two splits is joined inside decode, one of more splits by the combine kernel.
+constexpr int kJoinedSplits = 2;
 
 // Where a part begins: tile `tile` of request `request`.
 struct PartBound {

@@ -26,9 +26,6 @@ struct PartialResults {
   float* lse;    // [2 * num_parts, h_kv, rows], base 2; -inf where no key was seen
 };
 
-// A request of two splits is joined inside decode, one of more splits by the combine kernel.
-constexpr int kJoinedSplits = 2;
-
 // Where a split's partial result lies in the workspace. A part shares at most two requests with
 // other parts: the one that it ends with, if it makes the first split of it, and the one that it
 // begins with.

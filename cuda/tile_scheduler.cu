@@ -94,9 +94,10 @@ struct Alignment {
       : requests(CeilDiv(params.batch, params.num_parts)),
         splits(max(params.num_parts / params.batch, 1)) {}
 
-  // The tiles of each split of a request of `tiles`; the last one may have fewer.
+  // The tiles of each split of a request of `tiles`; the last one may have fewer. Of two splits,
+  // which decode joins, the first one has a tile more, so that it finds the second one written.
   __device__ __forceinline__ int SplitTiles(int tiles) const {
-    return max(CeilDiv(tiles, splits), min_tiles);
+    return max(CeilDiv(tiles, splits), min_tiles) + (splits == kJoinedSplits ? 1 : 0);
   }
 };
 

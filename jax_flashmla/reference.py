@@ -29,6 +29,9 @@ LARGEST_MIN_PART = 8
 ALIGNED_TOLERANCE = 16
 """Parts are aligned to the requests where that makes the largest one at most a 16th larger."""
 
+JOINED_SPLITS = 2
+"""So many splits the decode kernel joins by itself: the block of the first one adds the other."""
+
 _COST_LIMIT = 2**30  # the sum of all costs stays below, so that int32 serves throughout
 # What decode reads at a time: enough to keep a machine busy, and a bound on temporary memory.
 _CHUNK_TOKENS = 1024  # of each sequence
@@ -44,7 +47,8 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[ja
 
     If parts aligned to the requests, of equally many whole requests each or equally many parts a
     request, make the largest one at most 1 / ALIGNED_TOLERANCE larger than that, they are taken:
-    fewer requests are split, and joining partial results costs more.
+    fewer requests are split, and joining partial results costs more. Of two parts a request the
+    first one gets a tile more, so that it finds the other one's result when it ends.
 
     Args:
       cache_seqlens: i32 [b], tokens of each sequence; negative ones count as 0.
@@ -91,6 +95,7 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[ja
     largest = jnp.where(parts == 1, whole, jnp.max(_ceil_div(tiles, parts)))
     aligned = largest - payload <= payload // ALIGNED_TOLERANCE
     tiles_a_split = jnp.maximum(_ceil_div(tiles, parts), smallest)
+    tiles_a_split += (parts == JOINED_SPLITS).astype(jnp.int32)
     equal = part_bounds, first_part, num_splits
     return tuple(
         jnp.where(aligned, ours, theirs).astype(jnp.int32)

@@ -81,10 +81,13 @@ def slow_schedule(lengths, num_parts, rows):
 
 
 def aligned_schedule(tiles, parts, num_parts, smallest):
-    """Every request has `parts` parts of equally many tiles; a short one leaves some empty."""
+    """Every request has `parts` parts of equally many tiles; a short one leaves some empty.
+
+    Of two parts the first one has a tile more.
+    """
     bounds, num_splits = [], [0]
     for i, count in enumerate(tiles):
-        step = max(smallest, -(-count // parts))
+        step = max(smallest, -(-count // parts)) + (1 if parts == 2 else 0)
         begins = list(range(0, max(count, 1), step))
         bounds += [(i, tile) for tile in begins] + [(i + 1, 0)] * (parts - len(begins))
         num_splits.append(num_splits[-1] + len(begins))
@@ -267,7 +270,7 @@ def test_equal_lengths_get_equal_splits(batch, length, splits):
         jnp.full(batch, length, jnp.int32), 64, 1, num_sms=132, implementation="xla"
     )
     np.testing.assert_array_equal(num_splits, np.arange(batch + 1) * splits)
-    step = length // TILE // splits
+    step = length // TILE // splits + (splits == 2)  # the first of two has one more
     bounds = [(i, s * step) for i in range(batch) for s in range(splits)]
     np.testing.assert_array_equal(metadata.part_bounds[: len(bounds)], bounds)
 
