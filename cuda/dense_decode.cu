@@ -27,16 +27,15 @@
 // announces P(n) at once. Keeping Q in registers makes room for 2.75 tiles in flight and takes a
 // sixth off the shared-memory traffic, which would be the limit otherwise.
 //
-// Where there is an even number of row tiles, two blocks form a cluster, work on the same piece
-// and share its tiles: each loads every other chunk and multicasts it to both.
+// Where there is an even number of row tiles and much to do, two blocks form a cluster, work on the
+// same piece and share its tiles: each loads every other chunk and multicasts it to both.
 //
 // A request that is split has a partial result for each split (partial_result.cuh). Of two splits
 // the first is the last piece of a part and the second the first piece of the next part, so that it
 // is mostly written long before. Its block flags it in global memory; the join warp of the first
-// one's block waits for that, then for the end of its own tiles, and loads the other split into the
-// ring, from where value adds it before it writes the result. Requests of more splits are left to
-// the combine kernel: their middle parts end when all do, and there a launch costs less than a
-// wait.
+// one's block waits for that, the rows of the other split follow the last tile through the ring,
+// and value adds them as it writes the result. Requests of more splits are left to the combine
+// kernel: their middle parts end when all do, and there a launch costs less than a wait.
 //
 // Ordering. A ring of buffers has a full and an empty barrier a slot:
 //   v, rope    load -> score (and value: v) -> load of both blocks of a cluster, as both write
@@ -45,7 +44,7 @@
 //   pages      plan -> load -> plan
 //   piece      plan -> load, score, value -> plan
 // and for the other split, once a launch:
-//   ring_free  score, value -> join     other_written  join -> score     other_full  join -> value
+//   other_written  join -> load, score
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -101,17 +100,21 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
     BarrierInit(&smem.pages_empty[i], 1);
   }
   BarrierInit(&smem.other_written, kWarpSize);
-  BarrierInit(&smem.ring_free, kWarpSize * kWritingWarps);
-  BarrierInit(&smem.other_full, 1);
   BarrierInit(&smem.q_full, 1);
   BarrierInit(&smem.q_empty, kWarpsPerWarpgroup);
   FenceBarrierInit();
+}
+
+template <int kClusterSize>
+__device__ __forceinline__ void AwaitCluster() {
+  if constexpr (kClusterSize > 1) ClusterWait();
 }
 
 template <typename T, int kClusterSize>
 __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap o_map,
                       const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& smem = *reinterpret_cast<SharedMemoryPlan<T>*>(shared_memory);
@@ -122,12 +125,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   WaitForPriorKernels();
   const BlockWork work(params);
+  // The other block of a cluster is not awaited here, but by each role before it first touches it.
   if constexpr (kClusterSize > 1) {
     __syncwarp();
-    ClusterSync();
-  } else {
-    __syncthreads();
+    ClusterArrive();
   }
+  __syncthreads();
   AllowNextKernel();  // behind the wait: combine counts on it
 
   const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
@@ -136,26 +139,41 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
     if (warp == kPlanWarp) {
       Planner<T>(smem, params).Run(work);
-    } else if (warp == kLoadWarp && IsFirstLane()) {
-      Loader<T, kClusterSize>(smem, q_map, k_map, params).Run(work);
-    } else if (warp == kJoinWarp) {
-      Joiner<T>(smem, params).Run(work);
+      __syncwarp();
+      AwaitCluster<kClusterSize>();
+    } else if (warp == kLoadWarp) {
+      Loader<T, kClusterSize> loader(smem, q_map, k_map, o_map, params);
+      const bool elected = IsElected();
+      if (elected) loader.LoadFirstQueries(work);
+      __syncwarp();
+      AwaitCluster<kClusterSize>();
+      if (elected) loader.Run(work);
+    } else {
+      AwaitCluster<kClusterSize>();
+      if (warp == kJoinWarp) Joiner<T>(smem, params).Run(work);
     }
     __syncwarp();
   } else if (warpgroup == kScoreWarpgroup) {
     GrowRegisters<kScoreRegisters>();
+    AwaitCluster<kClusterSize>();
     Scorer<T, kClusterSize>(smem, params).Run(work);
   } else {
     GrowRegisters<kValueRegisters>();
+    AwaitCluster<kClusterSize>();
     ValueAccumulator<T, kClusterSize>(smem, params, warpgroup).Run(work);
   }
   // No block of a cluster may leave while another one still writes to its memory.
-  if constexpr (kClusterSize > 1) ClusterSync();
+  if constexpr (kClusterSize > 1) ClusterArrive();
+  AwaitCluster<kClusterSize>();
 }
 
+// The tensor maps of the operands and of the partial results.
+struct DecodeMaps {
+  CUtensorMap q, k, o_partial;
+};
+
 template <typename T, int kClusterSize>
-ffi::Error LaunchDecode(const CUtensorMap& q_map, const CUtensorMap& k_map,
-                        const DecodeParams& params, cudaStream_t stream) {
+ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
   const int64_t blocks =
       int64_t{params.schedule.num_parts} * params.num_kv_heads * params.row_tiles;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
@@ -164,15 +182,22 @@ ffi::Error LaunchDecode(const CUtensorMap& q_map, const CUtensorMap& k_map,
                            .block = kThreads,
                            .shared_bytes = sizeof(SharedMemoryPlan<T>),
                            .cluster = kClusterSize},
-                          DenseDecodeKernel<T, kClusterSize>, q_map, k_map, params);
+                          DenseDecodeKernel<T, kClusterSize>, maps.q, maps.k, maps.o_partial,
+                          params);
+}
+
+// Whether two blocks share pages. They must start together and wait for each other, which pays when
+// there is enough to read. What there is at most, the table tells.
+bool SharesPages(const DecodeParams& params) {
+  constexpr int64_t kLeastTokens = 1 << 16;  // times row tiles; measured on an H200
+  const int64_t tokens = (int64_t{params.max_blocks} << params.page_shift) * params.batch;
+  return params.row_tiles % 2 == 0 && tokens * params.row_tiles > kLeastTokens;
 }
 
 template <typename T>
-ffi::Error Launch(const CUtensorMap& q_map, const CUtensorMap& k_map, const DecodeParams& params,
-                  cudaStream_t stream) {
-  JAX_FLASHMLA_CHECK(params.row_tiles % 2 == 0
-                         ? (LaunchDecode<T, 2>(q_map, k_map, params, stream))
-                         : (LaunchDecode<T, 1>(q_map, k_map, params, stream)));
+ffi::Error Launch(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
+  JAX_FLASHMLA_CHECK(SharesPages(params) ? (LaunchDecode<T, 2>(maps, params, stream))
+                                         : (LaunchDecode<T, 1>(maps, params, stream)));
   return LaunchCombine<T>({.schedule = params.schedule,
                            .partial = params.partial,
                            .out = params.out,
@@ -199,9 +224,20 @@ Flag NextFlagValue() {
   return value != 0 ? value : NextFlagValue();
 }
 
+// The blocks that load keys where parts are aligned to the requests; otherwise a few more do. Each
+// part has `blocks`.
+int32_t LoadingBlocks(int64_t batch, int64_t num_parts, int64_t blocks) {
+  constexpr int64_t kSms = 132;  // of an H100 or H200; what it decides is the pace
+  if (num_parts * blocks > kSms) return 0;
+  const int64_t parts =
+      batch < num_parts ? num_parts / batch * batch : CeilDiv(batch, CeilDiv(batch, num_parts));
+  return static_cast<int32_t>(parts * blocks);
+}
+
 // Tensor maps of q [b, h_kv, rows, d_k] and k_cache [num_blocks, page_block_size, h_kv, d_k].
-ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, CUtensorMap* q_map,
-                      CUtensorMap* k_map) {
+// and o_partial [2 * num_parts, h_kv, rows, d_v].
+ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o_partial,
+                      DecodeMaps* maps) {
   const auto type = q.element_type() == ffi::DataType::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const auto shape = [](Dims dims) {
@@ -212,7 +248,12 @@ ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, CUtensorMap* q_m
                                       .type = type,
                                       .shape = shape(q.dimensions()),
                                       .box = {kChunkColumns, kTileRows, 1, 1}},
-                                     q_map));
+                                     &maps->q));
+  JAX_FLASHMLA_CHECK(EncodeTensorMap({.data = o_partial.untyped_data(),
+                                      .type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                      .shape = shape(o_partial.dimensions()),
+                                      .box = {kChunkColumns, kTileRows, 1, 1}},
+                                     &maps->o_partial));
   std::array<uint64_t, 4> k_shape = shape(k_cache.dimensions());
   const void* k_data = k_cache.untyped_data();
   if (k_shape[3] == 0) {  // an empty pool: every page is outside of it, and nothing is read
@@ -221,7 +262,8 @@ ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, CUtensorMap* q_m
   }
   const auto page = static_cast<uint32_t>(std::min<uint64_t>(k_shape[2], kTileTokens));
   return EncodeTensorMap(
-      {.data = k_data, .type = type, .shape = k_shape, .box = {kChunkColumns, 1, page, 1}}, k_map);
+      {.data = k_data, .type = type, .shape = k_shape, .box = {kChunkColumns, 1, page, 1}},
+      &maps->k);
 }
 
 ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
@@ -286,8 +328,8 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
   JAX_FLASHMLA_CHECK(
       CheckShape(kOp, "flags", flags->dimensions(), {num_parts, kv_heads, row_tiles, kFlagWords}));
 
-  CUtensorMap q_map, k_map;
-  JAX_FLASHMLA_CHECK(EncodeMaps(q, k_cache, &q_map, &k_map));
+  DecodeMaps maps;
+  JAX_FLASHMLA_CHECK(EncodeMaps(q, k_cache, *o_partial, &maps));
   const DecodeParams params = {
       .block_table = block_table.typed_data(),
       .cache_seqlens = cache_seqlens.typed_data(),
@@ -303,6 +345,9 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
                   .lse = lse_partial->typed_data()},
       .flags = reinterpret_cast<Flag*>(flags->typed_data()),
       .flag_value = NextFlagValue(),
+      // No flag of the first part is used, as it begins with no second split.
+      .progress = reinterpret_cast<uint32_t*>(flags->typed_data()),
+      .loading_blocks = LoadingBlocks(batch, num_parts, kv_heads * row_tiles),
       .batch = static_cast<int32_t>(batch),
       .num_kv_heads = static_cast<int32_t>(kv_heads),
       .rows = static_cast<int32_t>(rows),
@@ -321,9 +366,8 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
     JAX_FLASHMLA_CHECK(LaunchTileScheduler(stream, cache_seqlens, part_bounds, first_part,
                                            num_splits, kv_heads * rows));
   }
-  return q.element_type() == ffi::DataType::BF16
-             ? Launch<__nv_bfloat16>(q_map, k_map, params, stream)
-             : Launch<__half>(q_map, k_map, params, stream);
+  return q.element_type() == ffi::DataType::BF16 ? Launch<__nv_bfloat16>(maps, params, stream)
+                                                 : Launch<__half>(maps, params, stream);
 }
 
 ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,

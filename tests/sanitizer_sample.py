@@ -19,9 +19,13 @@ def run(
     dtype=jnp.bfloat16,
     bad_page=False,
     offsets=None,
+    room=0,
     implementation,
 ):
-    """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN."""
+    """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN.
+
+    With room for more pages in the block table, two row tiles share their pages in a cluster.
+    """
     rng = np.random.default_rng(0)
     b, max_blocks = len(lengths), -(-max(lengths) // page) + 1
     num_blocks = b * max_blocks
@@ -30,6 +34,7 @@ def run(
         row[-(-length // page) :] = UNUSED_ENTRY
     if bad_page:
         table[0, 0] = num_blocks + 7
+    table = np.pad(table, ((0, 0), (0, room)), constant_values=UNUSED_ENTRY)
     block_table, cache_seqlens = jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
 
     cache = jnp.asarray(rng.standard_normal((num_blocks, page, h_kv, D_K)), dtype)
@@ -56,11 +61,12 @@ if __name__ == "__main__":
     parser.add_argument("--implementation", default="cuda")
     chosen = {"implementation": parser.parse_args().implementation}
     run([300, 1000, 17], 16, **chosen)
-    run([300, 0, 700], 128, **chosen)
-    run([130, 90], 128, s_q=2, page=16, bad_page=True, **chosen)
+    run([300, 0, 700], 128, room=200, **chosen)
+    run([130, 90], 128, s_q=2, page=16, room=600, bad_page=True, **chosen)
     run([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16, **chosen)
     run([300, 40, 0, 1000], 32, s_q=4, offsets=[7, -30, 5, -2000], **chosen)
     run([70] * 140, 64, page=128, **chosen)
     run([512] * 66, 16, **chosen)  # two splits each, which decode joins
-    run([700] * 20 + [0, 64, 2000], 128, **chosen)  # one, two and more splits
+    for room in (0, 40):
+        run([700] * 20 + [0, 64, 2000], 128, room=room, **chosen)  # one, two and more splits
     print("all kernels ran")

@@ -47,7 +47,8 @@ __device__ void FillTile(SmemTile<T>& tile, const T* matrix, int columns) {
 template <typename T>
 __device__ void ReadTile(const SmemTile<T>& tile, T* matrix) {
   for (int i = threadIdx.x; i < kSide * SmemTile<T>::kUnitsPerRow; i += blockDim.x) {
-    reinterpret_cast<uint4*>(matrix)[i] = Unit(tile, i);
+    constexpr int kUnits = SmemTile<T>::kUnitsPerRow;
+    reinterpret_cast<uint4*>(matrix)[i] = tile.Unit(i / kUnits, i % kUnits);
   }
 }
 
@@ -151,7 +152,7 @@ __global__ void TmaLoadKernel(const __grid_constant__ CUtensorMap map, int4 at, 
     FenceBarrierInit();
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < kWarpSize && IsElected()) {
     ArriveExpectBytes(&full, tile.kBytes);
     for (int row = 0; row < kSide; row += box_rows) {
       TmaLoad4d(tile.data + row * kSide, &map, &full, kEvictNormal, at.x, at.y, at.z,
@@ -174,7 +175,8 @@ __global__ void MulticastKernel(const __grid_constant__ CUtensorMap map, int rou
     BarrierInit(&empty, kBlocks);
     FenceBarrierInit();
   }
-  ClusterSync();
+  ClusterArrive();
+  ClusterWait();
   const int row = kRows * ClusterRank();
   for (int round = 0; round < rounds; ++round) {
     if (threadIdx.x == 0) {
@@ -188,80 +190,62 @@ __global__ void MulticastKernel(const __grid_constant__ CUtensorMap map, int rou
     __syncthreads();
     if (threadIdx.x < kBlocks) ArriveAtRank(&empty, threadIdx.x);
   }
-  ClusterSync();
-}
-
-// In each round the lanes of one warp load rows [kBulkRows, units] of 16 bytes each to places that
-// are further apart, and one barrier counts all of their bytes.
-constexpr int kBulkRows = 40, kBulkPitch = 68;
-
-__global__ void BulkLoadKernel(const uint4* rows, int rounds, int units, uint4* out) {
-  __shared__ uint4 loaded[kBulkRows * kBulkPitch];
-  __shared__ Barrier full;
-  if (threadIdx.x == 0) {
-    BarrierInit(&full, 1);
-    FenceBarrierInit();
-  }
-  for (int round = 0; round < rounds; ++round) {
-    for (int i = threadIdx.x; i < kBulkRows * kBulkPitch; i += kWarpSize) {
-      loaded[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
-    }
-    FenceAsyncProxy();
-    const uint32_t bytes = units * sizeof(uint4);
-    if (threadIdx.x == 0) ArriveExpectBytes(&full, kBulkRows * bytes);
-    __syncwarp();
-    for (int row = threadIdx.x; row < kBulkRows; row += kWarpSize) {
-      BulkLoad(loaded + row * kBulkPitch, rows + (round * kBulkRows + row) * units, bytes, &full);
-    }
-    Wait(&full, round & 1);
-    for (int i = threadIdx.x; i < kBulkRows * kBulkPitch; i += kWarpSize) {
-      out[round * kBulkRows * kBulkPitch + i] = loaded[i];
-    }
-    __syncwarp();
-  }
+  ClusterArrive();
+  ClusterWait();
 }
 
 // ----------------------------------------------------------------------------------- global flags
 
-// Blocks in pairs. The warps of the second one, of which one is late, copy a row to `shared_row`
-// and flag their shares of it; the first one waits for them, clears the flags and loads the row by
-// the copy engine. rows and received [rounds, pairs, kFlaggedUnits], shared_rows [pairs, ...],
-// flags [pairs, kFlaggingWarps].
-constexpr int kFlaggedUnits = 256, kFlaggingWarps = 4;
+// Blocks in pairs. The warps of the second one, of which one is late, copy a tile to global memory
+// and flag their shares of it; the first one waits for them, clears the flags and loads the tile by
+// the copy engine. tiles and received [rounds, pairs, 64, 64], `map` of shared_tiles [pairs, 64,
+// 64], flags [pairs, kFlaggingWarps].
+constexpr int kFlaggingWarps = 4;
 
-__global__ void GlobalFlagKernel(const uint4* rows, int round, Flag value, uint4* shared_rows,
-                                 Flag* flags, uint4* received) {
-  __shared__ uint4 loaded[kFlaggedUnits];
+__global__ void GlobalFlagKernel(const __grid_constant__ CUtensorMap map, const uint4* tiles,
+                                 int round, Flag value, uint4* shared_tiles, Flag* flags,
+                                 uint16_t* received) {
+  __shared__ SmemTile<uint16_t> tile;
   __shared__ Barrier full;
+  constexpr int kUnits = sizeof(tile) / sizeof(uint4);
   const int pair = blockIdx.x / 2, pairs = gridDim.x / 2;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int row = (round * pairs + pair) * kFlaggedUnits;
-  uint4* shared_row = shared_rows + pair * kFlaggedUnits;
+  const int at = round * pairs + pair;
   flags += pair * kFlaggingWarps;
   if (blockIdx.x % 2 == 1) {
     if (warp == round % kFlaggingWarps) __nanosleep(20000);
-    for (int i = threadIdx.x; i < kFlaggedUnits; i += blockDim.x) shared_row[i] = rows[row + i];
+    for (int i = threadIdx.x; i < kUnits; i += blockDim.x) {
+      shared_tiles[pair * kUnits + i] = tiles[at * kUnits + i];
+    }
     ReleaseGlobalWrites();
     if (lane == 0) SetFlag(flags + warp, value);
-  } else if (warp == 0) {
-    if (lane == 0) {
-      BarrierInit(&full, 1);
-      FenceBarrierInit();
-    }
+    return;
+  }
+  if (threadIdx.x == 0) {
+    BarrierInit(&full, 1);
+    FenceBarrierInit();
+  }
+  __syncthreads();
+  if (warp == 0) {
     if (lane < kFlaggingWarps) {
       while (ReadFlag(flags + lane) != value) {
       }
       SetFlag(flags + lane, 0);
     }
     AcquireGlobalWrites();
-    if (lane == 0) {
-      ArriveExpectBytes(&full, sizeof(loaded));
-      BulkLoad(loaded, shared_row, sizeof(loaded), &full);
+    if (IsElected()) {
+      ArriveExpectBytes(&full, tile.kBytes);
+      TmaLoad4d(tile.data, &map, &full, kEvictNormal, 0, 0, 0, pair);
     }
-    __syncwarp();
-    Wait(&full, 0);
-    for (int i = lane; i < kFlaggedUnits; i += kWarpSize) received[row + i] = loaded[i];
   }
+  Wait(&full, 0);
+  ReadTile(tile, received + at * kSide * kSide);
+}
+
+// Block b counts b + 1 and says what the count is then.
+__global__ void CountKernel(uint32_t* count, uint32_t* seen) {
+  CountRelaxed(count, blockIdx.x + 1);
+  seen[blockIdx.x] = ReadRelaxed(count);
 }
 
 // -------------------------------------------------------------------------------------- fragments
@@ -508,22 +492,29 @@ const char* tma_load_multicast(Array tensor, int pages, int rounds, int blocks, 
                 OnDevice(out));
 }
 
-const char* bulk_load(Array rows, int rounds, int units, Array out) {
-  return Launch({.grid = 1, .block = 32}, BulkLoadKernel, OnDevice(rows), rounds, units,
-                OnDevice(out));
-}
-
 // value u64[1]; one launch a round, all with the same flags.
-const char* global_flags(Array rows, int rounds, int pairs, Array value, Array shared_rows,
+const char* global_flags(Array tiles, int rounds, int pairs, Array value, Array shared_tiles,
                          Array flags, Array received) {
-  const OnDevice from(rows), between(shared_rows), flagged(flags), to(received);
+  const OnDevice from(tiles), between(shared_tiles), flagged(flags), to(received);
+  CUtensorMap map;
+  const ffi::Error error =
+      EncodeTensorMap({.data = between,
+                       .type = TensorMapType(false),
+                       .shape = {kSide, kSide, 1, static_cast<uint64_t>(pairs)},
+                       .box = {kSide, kSide, 1, 1}},
+                      &map);
+  if (error.failure()) return Result(error);
   for (int round = 0; round < rounds; ++round) {
-    const char* error =
+    const char* failure =
         Launch({.grid = dim3(2 * pairs), .block = kFlaggingWarps * kWarpSize}, GlobalFlagKernel,
-               from, round, *static_cast<const Flag*>(value.data), between, flagged, to);
-    if (error != nullptr) return error;
+               map, from, round, *static_cast<const Flag*>(value.data), between, flagged, to);
+    if (failure != nullptr) return failure;
   }
   return nullptr;
+}
+
+const char* count(Array total, int blocks, Array seen) {
+  return Launch({.grid = dim3(blocks), .block = 1}, CountKernel, OnDevice(total), OnDevice(seen));
 }
 
 const char* fragments(Array d, bool bf16, Array tile, Array a) {

@@ -363,6 +363,12 @@ def test_parts_of_a_sequence_join_to_the_whole(s_q, implementation):
 
 # Requests that are split: two splits are joined by decode itself, more by the combine kernel.
 
+ROOM = 1100
+"""Columns of a block table, so many that two row tiles share their pages in a cluster."""
+
+row_tiles = pytest.mark.parametrize(
+    ("h_q", "max_blocks"), [(3, None), (128, None), (128, ROOM)], ids=["one", "two", "cluster"]
+)
 PARTS = 12
 LENGTHS = [40, 24 * 64 - 5, 320, 320 - 63, 320 - 20, 320 - 1, 9 * 64]
 SPLITS = [1, 5, 1, 2, 2, 2, 3]  # of which a part has the end of one and the start of the next
@@ -392,25 +398,66 @@ def split_in_parts(inputs, implementation):
         Case(len(LENGTHS), 1, 0, 16, page=16),
         Case(len(LENGTHS), 2, 0, 16, 2, causal=True),
         Case(len(LENGTHS), 1, 0, 64),
-        Case(len(LENGTHS), 1, 0, 128),  # a cluster
+        Case(len(LENGTHS), 1, 0, 128),
         Case(len(LENGTHS), 2, 0, 128, causal=True),
+        Case(len(LENGTHS), 1, 0, 192),
     ],
     ids=str,
 )
-def test_one_two_three_and_more_splits(case, implementation):
-    inputs = cases.make_inputs(case, lengths=LENGTHS)
+@pytest.mark.parametrize("max_blocks", [None, ROOM])
+def test_one_two_three_and_more_splits(case, max_blocks, implementation):
+    inputs = cases.make_inputs(case, lengths=LENGTHS, max_blocks=max_blocks)
     metadata = split_in_parts(inputs, implementation)
     check(inputs, implementation, metadata=metadata, causal=case.causal)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [Case(7, 1, 0, 128), Case(7, 2, 0, 128, causal=True)], ids=str)
+def test_shared_pages_change_no_bits(case):
+    """Whether two blocks share their pages follows from the room in the table, no result does."""
+    narrow, wide = (cases.make_inputs(case, lengths=LENGTHS, max_blocks=n) for n in (None, ROOM))
+    for field in ("q", "k_cache"):
+        np.testing.assert_array_equal(getattr(narrow, field), getattr(wide, field))
+    results = [
+        decode(inputs, "cuda", metadata=split_in_parts(inputs, "cuda"), causal=case.causal)
+        for inputs in (narrow, wide)
+    ]
+    assert_bit_equal(*results)
+
+
 @pytest.mark.parametrize("h_q", [3, 128])
+def test_first_split_of_next_to_no_weight(h_q, implementation):
+    """Beside the second split it counts for nothing, but what is NaN in it stays NaN."""
+    inputs = cases.make_inputs(Case(2, 1, 0, h_q), lengths=[256, 256])
+    first, second = inputs.block_table[:, :2], inputs.block_table[:, 2:4]
+    inputs.q[..., D_V:] = 1
+    inputs.k_cache[first, :, :, D_V:] = -1
+    inputs.k_cache[second, :, :, D_V:] = 0
+    inputs.q[..., :D_V] = 0
+    to_nan = 9
+    inputs.q[..., to_nan] = -1
+    inputs.k_cache[..., to_nan] = 0
+    options = {"fixed_split_size": 128, "max_seqlen": 256}
+    metadata = split_in([2, 2], [256, 256], inputs, implementation, **options)
+    scale = 40.0  # scores of -2560 and of 0
+    check(inputs, implementation, metadata=metadata, softmax_scale=scale)
+    inputs.k_cache[first[1, 0], 7, 0, to_nan] = np.inf  # a score of -inf, and 0 * inf
+    with np.errstate(invalid="ignore"):
+        out, lse = cases.expected_decode(inputs, softmax_scale=scale)
+    assert np.isnan(out[1, ..., to_nan]).all()
+    assert np.isfinite(out).sum() == out.size - h_q
+    actual = decode(inputs, implementation, metadata=metadata, softmax_scale=scale)
+    cases.assert_decode_close(actual, (out, lse))
+
+
+@row_tiles
 @pytest.mark.parametrize(
     "exponents", [[100] * 4, [-100] * 4, [66, -66, 0, 100]], ids=["large", "small", "mixed"]
 )
-def test_values_that_fp16_does_not_hold(exponents, h_q, implementation):
+def test_values_that_fp16_does_not_hold(exponents, h_q, max_blocks, implementation):
     """By powers of 2 a quarter of the columns, so that all else stays as it was."""
     lengths = [200, 256, 300, 500]
-    inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths)
+    inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths, max_blocks=max_blocks)
     inputs.q[..., :D_V] = 0  # the scores come from the other columns
     values = inputs.k_cache[..., :D_V]
     for i, pages in enumerate(inputs.block_table):
@@ -426,11 +473,11 @@ def test_values_that_fp16_does_not_hold(exponents, h_q, implementation):
     cases.assert_decode_close((out, lse), expected)
 
 
-@pytest.mark.parametrize("h_q", [3, 128])
-def test_values_that_are_not_finite_in_one_split(h_q, implementation):
+@row_tiles
+def test_values_that_are_not_finite_in_one_split(h_q, max_blocks, implementation):
     """They stay in their columns, and what has the largest magnitude is not taken from them."""
     lengths, splits, bad_splits = [256, 256, 300, 500], [2, 2, 3, 4], [0, 1, 1, 3]
-    inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths)
+    inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths, max_blocks=max_blocks)
     to_nan, to_inf, to_minus_inf = 5, 300, 301
     pages = [inputs.block_table[i, 2 * split] for i, split in enumerate(bad_splits)]
     # One token: a score of -inf, and 0 * inf. Of every other head inf, so that all becomes NaN.
@@ -473,9 +520,10 @@ def test_queries_that_see_nothing_of_a_split(h_q, implementation):
     assert (lse[blind] == np.inf).all()
 
 
-@pytest.mark.parametrize("h_q", [16, 128])
-def test_split_sequences_that_have_become_short(h_q, implementation):
-    inputs = cases.make_inputs(Case(len(LENGTHS), 1, 0, h_q), lengths=LENGTHS)
+@row_tiles
+def test_split_sequences_that_have_become_short(h_q, max_blocks, implementation):
+    case = Case(len(LENGTHS), 1, 0, h_q)
+    inputs = cases.make_inputs(case, lengths=LENGTHS, max_blocks=max_blocks)
     metadata = split_in_parts(inputs, implementation)
     for now in ([0] * 7, [1] * 7, [0, 1, 0, 1, 0, 1, 0], [1, 0, 0, 64, 320, 0, 65]):
         shorter = inputs.replace(cache_seqlens=np.array(now, np.int32))
@@ -483,10 +531,11 @@ def test_split_sequences_that_have_become_short(h_q, implementation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("h_q", [16, 128])
-def test_arrays_of_different_schedules(h_q):
+@row_tiles
+def test_arrays_of_different_schedules(h_q, max_blocks):
     """Nobody says what that gives, but it ends, and the next call knows nothing of it."""
-    inputs = cases.make_inputs(Case(len(LENGTHS), 1, 0, h_q), lengths=LENGTHS)
+    case = Case(len(LENGTHS), 1, 0, h_q)
+    inputs = cases.make_inputs(case, lengths=LENGTHS, max_blocks=max_blocks)
     ours, our_splits = metadata = split_in_parts(inputs, "cuda")
     for tiles in (
         [24, 5, 1, 5, 5, 5, 9],
@@ -510,10 +559,11 @@ def test_arrays_of_different_schedules(h_q):
         check(inputs, "cuda", metadata=metadata)
 
 
-@pytest.mark.parametrize("h_q", [16, 128])
-def test_repeat_runs_of_splits_are_bit_equal(h_q, implementation):
+@row_tiles
+def test_repeat_runs_of_splits_are_bit_equal(h_q, max_blocks, implementation):
     """On one scratch, where every other call leaves partial results of other queries."""
-    inputs = cases.make_inputs(Case(len(LENGTHS), 1, 0, h_q), lengths=LENGTHS)
+    case = Case(len(LENGTHS), 1, 0, h_q)
+    inputs = cases.make_inputs(case, lengths=LENGTHS, max_blocks=max_blocks)
     others = inputs.replace(q=inputs.q[::-1].copy())
     metadata = split_in_parts(inputs, implementation)
     q = jnp.stack([inputs.q, others.q])
@@ -606,9 +656,11 @@ def test_under_strict_configurations(implementation):
     def step(q, k_cache, block_table, lengths):
         nowhere = fm.get_slot_mapping(block_table, lengths[:, None] - (1 << 20), 64)[:, 0]
         k_cache = fm.append_kv_cache(k_cache, q[:, 0, :2], nowhere, implementation=implementation)
+        metadata = fm.get_mla_metadata(lengths, 4, 2, implementation=implementation)
         return fm.flash_mla_with_kvcache(
-            q, k_cache, block_table, lengths, D_V, causal=True, implementation=implementation
-        )
+            q, k_cache, block_table, lengths, D_V, *metadata,
+            causal=True, implementation=implementation,
+        )  # fmt: skip
 
     with (
         jax.enable_x64(True),

@@ -175,33 +175,32 @@ def test_tma_load_multicast(launch):
     np.testing.assert_array_equal(received, np.repeat(pages, 2, axis=1))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("units", [1, 64])
-def test_bulk_loads_of_rows(units, launch):
-    rounds, count, pitch = 3, 40, 68
-    rows = random((rounds, count, units, 4)).view(np.uint32)
-    out = np.zeros((rounds, count, pitch, 4), np.uint32)
-    launch("bulk_load", rows, rounds, units, out)
-    expected = np.full_like(out, 0xFFFFFFFF)
-    expected[:, :, :units] = rows
-    np.testing.assert_array_equal(out, expected)
-
-
 # ----------------------------------------------------------------------------------- global flags
 
 
 @pytest.mark.gpu
 def test_global_flags(launch):
     """What other blocks write arrives whole, whatever stood in the flags, time and again."""
-    rounds, pairs, units = 20, 12, 256
-    rows = random((rounds, pairs, units, 4)).view(np.uint32)
-    received, shared_rows = np.zeros_like(rows), np.zeros_like(rows[0])
+    rounds, pairs = 20, 12
+    tiles = random((rounds, pairs, 64, 64), np.float16).view(np.uint16)
+    received, shared_tiles = np.zeros_like(tiles), np.zeros_like(tiles[0])
     value = np.array([0x0123456789ABCDEF], np.uint64)
     half = np.uint64(0xFFFFFFFF)
     flags = np.tile(np.concatenate([value & half, value & ~half, ~value, 0 * value]), (pairs, 1))
-    launch("global_flags", rows, rounds, pairs, value, shared_rows, flags, received)
-    np.testing.assert_array_equal(received, rows)
+    launch("global_flags", tiles, rounds, pairs, value, shared_tiles, flags, received)
+    np.testing.assert_array_equal(received, tiles)
     np.testing.assert_array_equal(flags, 0)
+
+
+@pytest.mark.gpu
+def test_counts(launch):
+    """A count goes on from what was there, past its largest value too."""
+    start, blocks = np.array([2**32 - 100], np.uint32), 300
+    total, seen = start.copy(), np.zeros(blocks, np.uint32)
+    launch("count", total, blocks, seen)
+    assert (total - start).tolist() == [blocks * (blocks + 1) // 2]
+    assert (seen - start >= 1 + np.arange(blocks)).all()
+    assert (seen - start <= total - start).all()
 
 
 # -------------------------------------------------------------------------------------- fragments

@@ -52,6 +52,9 @@ struct Piece {
   // Within [-length, s_q], beyond which it would change nothing.
   int32_t causal_offset;
 
+  // Whether this block adds the other split of the request to its own.
+  __device__ __forceinline__ bool AddsOther() const { return joined && slot < 0; }
+
   // Its pages in the block table: from one up to, not including, the other.
   __device__ __forceinline__ int FirstPage(int page_shift) const {
     return static_cast<int>(int64_t{first_tile} * kTileTokens >> page_shift);
@@ -79,21 +82,11 @@ struct SharedMemoryPlan {
   Barrier pages_full[kPageBatches], pages_empty[kPageBatches];
   Barrier q_full, q_empty;
 
-  // The other split of a request that this block joins: its log-sum-exps, the scales of its
-  // quarters, which score turns into weights, and its rows, in the slots of V columns when their
-  // last tile has been used. They are 64 bytes apart modulo 128, so that those of a fragment lie in
-  // different banks.
-  struct OtherRow {
-    __half o[kHeadDimV];
-    uint4 unused[4];
-  };
+  // Of the other split of a request that this block joins: the log-sum-exps, and the scales of the
+  // quarters, which score turns into weights. Its rows follow the last tile through `v`.
   float other_lse[kTileRows];
   float other_weight[kQuarters][kTileRows];
-  Barrier other_written, ring_free, other_full;
-  __device__ __forceinline__ OtherRow* OtherRows() {
-    static_assert(kTileRows * sizeof(OtherRow) <= sizeof(v));
-    return reinterpret_cast<OtherRow*>(v);
-  }
+  Barrier other_written;
 };
 static_assert(sizeof(SharedMemoryPlan<__half>) <= 227 * 1024);
 
@@ -112,6 +105,9 @@ struct DecodeParams {
   // replayed.
   Flag* flags;
   Flag flag_value;
+  // How far all blocks have come, from whatever it held before. Only the loaders' pace follows it.
+  uint32_t* progress;
+  int32_t loading_blocks;  // that share it; 0: more than run at once
   int32_t batch, num_kv_heads, rows, group, s_q, row_tiles;
   int32_t num_blocks, max_blocks, page_shift;  // page_block_size = 1 << page_shift
   float scale_log2;                            // softmax_scale * log2(e)
@@ -182,6 +178,11 @@ class RingCursor {
   __device__ __forceinline__ void Advance(int by = 1) {
     n_ += by;
     if (n_ >= 2 * kSlots) n_ -= 2 * kSlots;
+  }
+  __device__ __forceinline__ RingCursor Before(int by) const {
+    RingCursor earlier;
+    earlier.n_ = n_ >= by ? n_ - by : n_ - by + 2 * kSlots;
+    return earlier;
   }
 
  private:

@@ -1,13 +1,12 @@
-// The join warp of dense decode: fetches the other split of a request that two blocks share.
+// The join warp of dense decode: awaits the other split of a request that two blocks share.
 #pragma once
 
-#include "../sm90/tma.cuh"
 #include "block.cuh"
 
 namespace jax_flashmla::dense_decode {
 
 // One warp. Where the last piece of this block is the first of two splits, it waits until the block
-// of the second one, which begins with it, has written it, and then for room to load it.
+// of the second one, which begins with it, has written it, and reads what score needs of it.
 template <typename T>
 class Joiner {
  public:
@@ -19,8 +18,6 @@ class Joiner {
     AwaitFlags(FlagsOf(params_, work, work.part + 1));
     ReadRowFactors(work);
     Arrive(&smem_.other_written);
-    Wait(&smem_.ring_free, 0);
-    LoadRows(work);
   }
 
  private:
@@ -34,19 +31,13 @@ class Joiner {
     AcquireGlobalWrites();
   }
 
-  // The slot of the second split of the request that this block makes the first one of.
-  __device__ __forceinline__ static int OtherSlot(const BlockWork& work) {
-    return PartialSlot(work.part + 1, false);
-  }
-
   __device__ __forceinline__ int NumRows(const BlockWork& work) const {
     return min(params_.rows - work.row_tile * kTileRows, kTileRows);
   }
 
-  // A lane every 32nd row, here and below. Past the L1, which does not know of other blocks'
-  // writes.
+  // A lane every 32nd row. Past the L1, which does not know of other blocks' writes.
   __device__ __forceinline__ void ReadRowFactors(const BlockWork& work) const {
-    const int first = work.row_tile * kTileRows, slot = OtherSlot(work);
+    const int first = work.row_tile * kTileRows, slot = PartialSlot(work.part + 1, false);
     const float* lse = params_.partial.lse + PartialRow(params_, slot, work.kv_head, first);
     const float* scale =
         params_.partial.scale + PartialQuarter(params_, slot, work.kv_head, first, 0);
@@ -57,19 +48,6 @@ class Joiner {
       for (int q = 0; q < kQuarters; ++q) {
         smem_.other_weight[q][row] = __ldcg(scale + q * params_.rows + row);
       }
-    }
-  }
-
-  __device__ __forceinline__ void LoadRows(const BlockWork& work) const {
-    constexpr uint32_t kRowBytes = kHeadDimV * sizeof(__half);
-    if (IsFirstLane()) ArriveExpectBytes(&smem_.other_full, NumRows(work) * kRowBytes);
-    __syncwarp();
-    const __half* o =
-        params_.partial.o +
-        PartialRow(params_, OtherSlot(work), work.kv_head, work.row_tile * kTileRows) * kHeadDimV;
-#pragma unroll 1
-    for (int row = threadIdx.x % kWarpSize; row < NumRows(work); row += kWarpSize) {
-      BulkLoad(smem_.OtherRows()[row].o, o + row * kHeadDimV, kRowBytes, &smem_.other_full);
     }
   }
 

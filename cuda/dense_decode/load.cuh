@@ -11,38 +11,75 @@ template <typename T, int kClusterSize>
 class Loader {
  public:
   __device__ __forceinline__ Loader(SharedMemoryPlan<T>& smem, const CUtensorMap& q_map,
-                                    const CUtensorMap& k_map, const DecodeParams& params)
-      : smem_(smem), q_map_(q_map), k_map_(k_map), params_(params) {
+                                    const CUtensorMap& k_map, const CUtensorMap& o_map,
+                                    const DecodeParams& params)
+      : smem_(smem), q_map_(q_map), k_map_(k_map), o_map_(o_map), params_(params) {
     if constexpr (kClusterSize > 1) turn_ = ClusterRank();
   }
 
-  __device__ __forceinline__ void Run(const BlockWork& work) {
+  // Those of the first piece, for which its request is enough: score expects them even if that
+  // turns out to be empty. They go to this block alone, which no other one must be ready for.
+  __device__ __forceinline__ void LoadFirstQueries(const BlockWork& work) {
     kv_head_ = work.kv_head;
+    if constexpr (kPacesItself) {
+      fair_progress_ = ReadRelaxed(params_.progress);
+      progress_ = ReadRelaxed(params_.progress);
+    }
+    if (work.NumPieces() <= 0) return;
+    LoadRegisterQueries(Opaque(work.row_tile) * kTileRows, work.begin.request);
+  }
+
+  __device__ __forceinline__ void Run(const BlockWork& work) {
     // Pages that only this cluster reads, once, make room in the L2 for partial results, if this
     // part writes any. Where nothing is split it is slower.
     const bool read_once = params_.row_tiles <= kClusterSize;
     const bool shares_request = work.begin.tile > 0 || work.end.tile > 0;
-    policy_ = read_once && shares_request ? kEvictFirst : kEvictNormal;
-    const int num_pieces = work.NumPieces();
-    for (int i = 0; i < num_pieces; ++i) {
+    evict_first_ = read_once && shares_request;
+    for (int left = work.NumPieces(); left > 0; --left) {
       Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
-      LoadPiece(work, smem_.pieces[piece_.Slot()]);
-      Arrive(&smem_.piece_empty[piece_.Slot()]);
-      piece_.Advance();
+      const Piece& piece = smem_.pieces[piece_.Slot()];
+      piece_.Advance();  // already here: its barrier's address has no register
+      const bool is_first = piece.request == work.begin.request;
+      if (kPacesItself && !is_first) AddProgress(kRequestOverhead);
+      LoadPiece(work, piece, is_first);
+      if (piece.AddsOther()) LoadOtherSplit(work);
+      Arrive(&smem_.piece_empty[piece_.Before(1).Slot()]);
     }
   }
 
  private:
-  __device__ __forceinline__ void LoadPiece(const BlockWork& work, const Piece& piece) {
+  __device__ __forceinline__ void LoadPiece(const BlockWork& work, const Piece& piece,
+                                            bool has_queries) {
     if (piece.num_tiles == 0) return;
     end_ = piece.first_tile + piece.num_tiles;
-    LoadRegisterQueries(work.row_tile * kTileRows, piece.request);
+    if (!has_queries) LoadRegisterQueries(Opaque(work.row_tile) * kTileRows, piece.request);
     OpenBatch(piece.FirstPage(params_.page_shift));
-    LoadTile(piece.first_tile);
-    // Behind the first tile: the last piece may still be using it, which holds up no key.
-    LoadTailQueries(work.row_tile * kTileRows, piece.request);
-    for (int t = piece.first_tile + 1; t < end_; ++t) LoadTile(t);
+#pragma unroll 1
+    for (int t = piece.first_tile; t < end_; ++t) {
+      LoadTile(t);
+      // Behind the first tile: the last piece may still be using them, which holds up no key.
+      if (t == piece.first_tile) LoadTailQueries(Opaque(work.row_tile) * kTileRows, piece.request);
+    }
     CloseBatch();
+  }
+
+  // The rows of the other split of the last request, a quarter a slot like those of a tile.
+  __device__ __forceinline__ void LoadOtherSplit(const BlockWork& work) {
+    Wait(&smem_.other_written, 0);
+    FenceAsyncProxyGlobal();
+#pragma unroll 1
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      Barrier* full = &smem_.v_full[v_.Slot()];
+      Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
+      ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
+#pragma unroll 1
+      for (int c = 0; c < kQuarterChunks; ++c) {
+        TmaLoad4d(&smem_.v[v_.Slot()][c], &o_map_, full, kEvictNormal,
+                  (quarter * kQuarterChunks + c) * kChunkColumns, Opaque(work.row_tile) * kTileRows,
+                  kv_head_, PartialSlot(Opaque(work.part) + 1, false));
+      }
+      v_.Advance();
+    }
   }
 
   // The query chunks that score moves to registers pass through kQuerySlots slots of V columns.
@@ -59,7 +96,6 @@ class Loader {
                   row, kv_head_, request);
       }
       v_.Advance();
-      oldest_.Advance();  // queries do not count for Pace()
     }
   }
 
@@ -81,6 +117,7 @@ class Loader {
       OpenBatch(page);
     }
     const int* ids = PageIds(page);
+    first_id_ = *ids;
     const int row = RowInPage(tile);
     // Here the arithmetic is the limit and keys must not be late; where the memory is the limit,
     // more in flight is slower.
@@ -89,7 +126,7 @@ class Loader {
     for (int quarter = 0; quarter < 4; ++quarter) {
       Barrier* full = &smem_.v_full[v_.Slot()];
       Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
-      Pace();
+      if constexpr (kPacesItself) Pace();
       ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
 #pragma unroll
       for (int c = 0; c < kQuarterChunks; ++c) {
@@ -101,18 +138,32 @@ class Loader {
     ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], SmemTile<T>::kBytes);
     LoadChunk(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1, ids, row);
     rope_.Advance();
+    if constexpr (kPacesItself) FollowProgress();
   }
 
-  // Where the memory is the limit, waits until fewer than kInFlight slots of keys are on their way.
-  // More would not be faster, but make each block wait longer for its next tile.
+  // Where the memory is the limit, waits until fewer than `most_in_flight_` slots of keys are on
+  // their way. More would not be faster, but make each block wait longer for its next tile.
   __device__ __forceinline__ void Pace() {
-    if constexpr (kClusterSize > 1) return;
-    if (in_flight_ == kInFlight) {
-      Wait(&smem_.v_full[oldest_.Slot()], oldest_.Parity());
-      oldest_.Advance();
-    } else {
-      ++in_flight_;
+    for (; in_flight_ >= most_in_flight_; --in_flight_) {
+      const RingCursor<kValueSlots> oldest = v_.Before(in_flight_);
+      Wait(&smem_.v_full[oldest.Slot()], oldest.Parity());
     }
+    ++in_flight_;
+  }
+
+  // So that all blocks end together, those that are ahead of the others leave the memory to those
+  // that are behind. Counted is what the tile schedule counts, by which parts are equal. What the
+  // others have done was read one tile ago, so that nobody waits for it.
+  __device__ __forceinline__ void FollowProgress() {
+    const int lead = static_cast<int>(fair_progress_ - progress_), blocks = params_.loading_blocks;
+    if (blocks == 0) return;
+    most_in_flight_ = lead > blocks ? kFewInFlight : lead < -blocks ? kManyInFlight : kInFlight;
+    AddProgress(1);
+    progress_ = ReadRelaxed(params_.progress);
+  }
+  __device__ __forceinline__ void AddProgress(int cost) {
+    fair_progress_ += cost * params_.loading_blocks;
+    CountRelaxed(params_.progress, cost);
   }
 
   // This block's share of a tile, as far as the open batch of page ids reaches. Unrolled: the
@@ -167,30 +218,38 @@ class Loader {
   __device__ __forceinline__ void LoadChunk(SmemTile<T>* tile, Barrier* full, int chunk,
                                             const int* ids, int row) {
     if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block's turn
+    LoadBox(tile->data, full, chunk, first_id_, row);
     const int box_tokens = BoxTokens();
-    T* destination = tile->data;
 #pragma unroll 1
-    for (int j = 0; j < kTileTokens; j += box_tokens) {
-      if constexpr (kClusterSize == 1) {
-        TmaLoad4d(destination, &k_map_, full, policy_, chunk * kChunkColumns, kv_head_, row, *ids);
-      } else {
-        TmaLoadMulticast4d(destination, &k_map_, full, policy_, (1 << kClusterSize) - 1,
-                           chunk * kChunkColumns, kv_head_, row, *ids);
-      }
-      ++ids;
-      destination += box_tokens * kChunkColumns;
+    for (int j = box_tokens; j < kTileTokens; j += box_tokens) {
+      LoadBox(tile->data + j * kChunkColumns, full, chunk, *++ids, row);
+    }
+  }
+
+  __device__ __forceinline__ void LoadBox(T* destination, Barrier* full, int chunk, int page_id,
+                                          int row) {
+    // Without a cluster there is no register to keep the policy in.
+    const bool evict_first = kClusterSize > 1 ? evict_first_ : Opaque(evict_first_);
+    const CachePolicy policy = evict_first ? kEvictFirst : kEvictNormal;
+    if constexpr (kClusterSize == 1) {
+      TmaLoad4d(destination, &k_map_, full, policy, chunk * kChunkColumns, kv_head_, row, page_id);
+    } else {
+      TmaLoadMulticast4d(destination, &k_map_, full, policy, (1 << kClusterSize) - 1,
+                         chunk * kChunkColumns, kv_head_, row, page_id);
     }
   }
 
   SharedMemoryPlan<T>& smem_;
-  const CUtensorMap &q_map_, &k_map_;
+  const CUtensorMap &q_map_, &k_map_, &o_map_;
   const DecodeParams& params_;
-  CachePolicy policy_;  // for the keys
+  bool evict_first_;  // keys from the L2
   int kv_head_;
-  int end_;  // the tile behind this piece
-  static constexpr int kInFlight = 4;
-  int in_flight_ = 0;
-  RingCursor<kValueSlots> oldest_;
+  int end_;       // the tile behind this piece
+  int first_id_;  // of this tile's pages
+  static constexpr bool kPacesItself = kClusterSize == 1;
+  static constexpr int kFewInFlight = 3, kInFlight = 4, kManyInFlight = 6;
+  int in_flight_ = 0, most_in_flight_ = kInFlight;  // slots of keys
+  uint32_t fair_progress_, progress_;  // what it were if all had done as much as this block, and is
   uint32_t turn_ = 0, q_parity_ = 0;
   int batch_end_;  // the page of the sequence behind the open batch of page ids
   RingCursor<kPieceSlots> piece_;

@@ -25,8 +25,8 @@ class Scorer {
                               VisibleKeys(first_row + FragmentRow() + 8, piece)};
       const int all_visible = VisibleKeys(first_row, piece);
       OnlineSoftmax softmax;
+      if (i == 0 || num_tiles > 0) LoadQueries();
       if (num_tiles > 0) {
-        LoadQueries();
         Wait(&smem_.q_full, q_parity_);
         q_parity_ ^= 1;
       }
@@ -177,7 +177,6 @@ class Scorer {
 
   // Weighs this split and the other one: `factor` and `lse2` become those of both together.
   __device__ __forceinline__ void Join(float (&factor)[2], float (&lse2)[2]) {
-    Arrive(&smem_.ring_free);
     Wait(&smem_.other_written, 0);
     const int first_row = Opaque(FragmentRow());
 #pragma unroll

@@ -19,7 +19,7 @@ class ValueAccumulator {
     for (int i = 0; i < num_pieces; ++i) {
       Wait(&smem_.piece_full[piece_.Slot()], piece_.Parity());
       const int num_tiles = ThisPiece().num_tiles;
-      if (num_tiles > 0) v_.Advance(kQuerySlots);
+      if (i == 0 || num_tiles > 0) v_.Advance(kQuerySlots);
       Clear();
       for (int t = 0; t < num_tiles; ++t) {
         RingCursor<kValueSlots> quarters[kBlocks] = {v_, v_};
@@ -37,14 +37,12 @@ class ValueAccumulator {
         MultiplyAndAdd(quarters);
         v_.Advance(4);
       }
-      const bool joins = ThisPiece().joined && ThisPiece().slot < 0;
-      if (joins) Arrive(&smem_.ring_free);
+      const bool joins = ThisPiece().AddsOther();
       Wait(&smem_.message_full[message_.Slot()], message_.Parity());
       float factor[2];
       ReadFactors(factor);
       QuadBroadcast(factor);
-      if (joins) AddOtherSplit(factor);
-      Write(work, factor);
+      Write(work, factor, joins);
       ReleaseMessage();
       if (ThisPiece().joined && ThisPiece().slot >= 0) FlagPartial(params_, work);
       Arrive(&smem_.piece_empty[piece_.Slot()]);
@@ -142,37 +140,8 @@ class ValueAccumulator {
     ReleaseMessage();
   }
 
-  // Makes of this split's O the result of both, after which there is no factor left.
-  __device__ __forceinline__ void AddOtherSplit(float (&factor)[2]) {
-    Wait(&smem_.other_full, 0);
-    const int first_row = Opaque(FragmentRow());
-    const auto* rows = smem_.OtherRows() + first_row;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-        const float weight = smem_.other_weight[Quarter(n)][first_row + 8 * i];
-        const uint4* lane =
-            reinterpret_cast<const uint4*>(rows[8 * i].o + Quarter(n) * kQuarterColumns) +
-            threadIdx.x % 4;
-#pragma unroll
-        for (int j = 0; j < kQuarterColumns; j += 32) {
-          const uint4 unit = lane[j / 8];
-          const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
-#pragma unroll
-          for (int g = 0; g < 4; ++g) {
-            float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
-            const float2 other = Unpack<__half>(words[g]);
-            e[0] = fmaf(weight, other.x, Normalised(e[0], factor[i]));
-            e[1] = fmaf(weight, other.y, Normalised(e[1], factor[i]));
-          }
-        }
-      }
-    }
-    factor[0] = factor[1] = 1.f;
-  }
-
-  __device__ __forceinline__ void Write(const BlockWork& work, const float (&factor)[2]) {
+  __device__ __forceinline__ void Write(const BlockWork& work, const float (&factor)[2],
+                                        bool joins) {
     const Piece& piece = ThisPiece();
     const int row = Opaque(work.row_tile * kTileRows + FragmentRow());
     if (!__any_sync(kFullWarp, row < params_.rows)) return;
@@ -181,8 +150,12 @@ class ValueAccumulator {
     } else {
       const int64_t head =
           static_cast<int64_t>(piece.request) * params_.num_kv_heads + work.kv_head;
-      WriteRows(static_cast<T*>(params_.out) + (head * params_.rows + row) * kHeadDimV, row,
-                factor);
+      T* out = static_cast<T*>(params_.out) + (head * params_.rows + row) * kHeadDimV;
+      if (joins) {
+        WriteJoinedRows(out, row, factor);
+      } else {
+        WriteRows(out, row, factor);
+      }
     }
   }
 
@@ -198,6 +171,37 @@ class ValueAccumulator {
         for (int j = 0; j < kQuarterColumns; j += 32) {
           uint32_t words[4];
           PackGroups<T>(words, n, j, i, factor[i]);
+          QuadTranspose(words);
+          if (row + 8 * i < params_.rows) StoreUnit(quarter + j, words);
+        }
+      }
+    }
+  }
+
+  // The same of the sum of both splits. The other one's quarters come after the last tile's.
+  __device__ __forceinline__ void WriteJoinedRows(T* out, int row, const float (&factor)[2]) {
+    const int tile_row = Opaque(FragmentRow());
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      Wait(&smem_.v_full[v_.Slot()], v_.Parity());
+      const SmemTile<T>* other = smem_.v[v_.Slot()];
+      v_.Advance(2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float weight = smem_.other_weight[Quarter(n)][tile_row + 8 * i];
+        T* quarter = out + 8 * i * kHeadDimV + Quarter(n) * kQuarterColumns;
+#pragma unroll
+        for (int j = 0; j < kQuarterColumns; j += 32) {
+          const uint4 unit = other[j / kChunkColumns].Unit(tile_row + 8 * i,
+                                                           j % kChunkColumns / 8 + threadIdx.x % 4);
+          uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
+#pragma unroll
+          for (int g = 0; g < 4; ++g) {
+            const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
+            const float2 x = Unpack<__half>(words[g]);
+            words[g] = Pack<T>(fmaf(weight, x.x, Normalised(e[0], factor[i])),
+                               fmaf(weight, x.y, Normalised(e[1], factor[i])));
+          }
           QuadTranspose(words);
           if (row + 8 * i < params_.rows) StoreUnit(quarter + j, words);
         }
@@ -278,14 +282,15 @@ class ValueAccumulator {
   // The quarter of the columns that block n of this warpgroup is.
   __device__ __forceinline__ int Quarter(int n) const { return index_ + n * kValueWarpgroups; }
 
-  // Of row i, this thread's pairs in the 4 groups of 8 columns from j on.
+  // Of row i, this thread's pairs in the 4 groups of 8 columns from j on. A row that sees no key is
+  // 0, also where a value that it does not see is not finite.
   template <typename Out>
   __device__ __forceinline__ void PackGroups(uint32_t (&words)[4], int n, int j, int i,
                                              float factor) const {
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
       const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
-      words[g] = Pack<Out>(Normalised(e[0], factor), Normalised(e[1], factor));
+      words[g] = factor == 0.f ? 0 : Pack<Out>(e[0] * factor, e[1] * factor);
     }
   }
 
@@ -296,7 +301,7 @@ class ValueAccumulator {
         make_uint4(words[0], words[1], words[2], words[3]);
   }
 
-  // A row that sees no key is 0, also where a value that it does not see is not finite.
+  // As in PackGroups.
   __device__ __forceinline__ static float Normalised(float x, float factor) {
     return factor == 0.f ? 0.f : x * factor;
   }

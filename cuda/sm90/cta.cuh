@@ -20,12 +20,28 @@ __device__ __forceinline__ uint32_t ClusterRank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster meet; shared memory written before is seen after.
-__device__ __forceinline__ void ClusterSync() {
+// All threads of all blocks of the cluster meet: none leaves ClusterWait() before all have come to
+// ClusterArrive(). Shared memory written before the one is seen after the other.
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterWait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// True in one lane of a warp that is complete, always the same. As the compiler knows that it is
+// one, it issues what takes its operands from uniform registers, such as the copies of tma.cuh,
+// once. Behind `lane == 0` it makes a loop over the lanes of each.
+__device__ __forceinline__ bool IsElected() {
+  uint32_t elected;
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
 }
 
 // `threads` threads (a multiple of 32) meet at hardware barrier `id`; id 0 is __syncthreads().

@@ -19,6 +19,16 @@ __device__ __forceinline__ Flag ReadFlag(const Flag* flag) {
   return value;
 }
 
+// A count in global memory that orders nothing.
+__device__ __forceinline__ void CountRelaxed(uint32_t* count, uint32_t by) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(by) : "memory");
+}
+__device__ __forceinline__ uint32_t ReadRelaxed(const uint32_t* count) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+  return value;
+}
+
 // Orders global memory between the copy engine and ordinary accesses of this thread.
 __device__ __forceinline__ void FenceAsyncProxyGlobal() {
   asm volatile("fence.proxy.async.global;" ::: "memory");

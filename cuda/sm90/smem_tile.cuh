@@ -21,6 +21,9 @@ struct alignas(1024) SmemTile {
   __device__ __forceinline__ uint32_t UnitAddress(int row, int unit) const {
     return SharedAddress(data) + row * kRowBytes + ((unit ^ (row & 7)) << 4);
   }
+  __device__ __forceinline__ const uint4& Unit(int row, int unit) const {
+    return reinterpret_cast<const uint4*>(data)[row * kUnitsPerRow + (unit ^ (row & 7))];
+  }
   // As an operand whose K axis is the columns.
   __device__ __forceinline__ uint64_t DescriptorAlongColumns() const {
     return SwizzledDescriptor(SharedAddress(data), 8 * kRowBytes, 16);

@@ -45,16 +45,6 @@ __device__ __forceinline__ void TmaLoadMulticast4d(void* destination, const CUte
       : "memory");
 }
 
-// Contiguous bytes, a multiple of 16 at addresses that are multiples of 16.
-__device__ __forceinline__ void BulkLoad(void* destination, const void* source, uint32_t bytes,
-                                         Barrier* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(SharedAddress(destination)),
-      "l"(source), "r"(bytes), "r"(SharedAddress(barrier))
-      : "memory");
-}
-
 // Brings a box into the L2 only.
 __device__ __forceinline__ void TmaPrefetch4d(const CUtensorMap* map, int c0, int c1, int c2,
                                               int c3) {
