@@ -59,7 +59,6 @@ constexpr int BlocksPerSm(Cut cut) {
 }
 // Whether several warps may share the splits of a piece.
 constexpr bool IsShared(Cut cut) { return PieceQuarters(cut) == 1; }
-constexpr int kSms = 132;  // of an H100 or H200; what it decides is the cut
 constexpr int kWarpsAtOnce = kSms * BlocksPerSm(Cut::kQuarters) * BlockWarps(Cut::kQuarters);
 
 // The splits of one request.

@@ -227,15 +227,14 @@ Flag NextFlagValue() {
 // The blocks that load keys where parts are aligned to the requests; otherwise a few more do. Each
 // part has `blocks`.
 int32_t LoadingBlocks(int64_t batch, int64_t num_parts, int64_t blocks) {
-  constexpr int64_t kSms = 132;  // of an H100 or H200; what it decides is the pace
   if (num_parts * blocks > kSms) return 0;
   const int64_t parts =
-      batch < num_parts ? num_parts / batch * batch : CeilDiv(batch, CeilDiv(batch, num_parts));
+      CeilDiv(batch, AlignedRequests(batch, num_parts)) * AlignedSplits(batch, num_parts);
   return static_cast<int32_t>(parts * blocks);
 }
 
-// Tensor maps of q [b, h_kv, rows, d_k] and k_cache [num_blocks, page_block_size, h_kv, d_k].
-// and o_partial [2 * num_parts, h_kv, rows, d_v].
+// Tensor maps of q [b, h_kv, rows, d_k], k_cache [num_blocks, page_block_size, h_kv, d_k] and
+// o_partial [2 * num_parts, h_kv, rows, d_v].
 ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o_partial,
                       DecodeMaps* maps) {
   const auto type = q.element_type() == ffi::DataType::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -244,16 +243,16 @@ ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o
     return std::array<uint64_t, 4>{static_cast<uint64_t>(dims[3]), static_cast<uint64_t>(dims[2]),
                                    static_cast<uint64_t>(dims[1]), static_cast<uint64_t>(dims[0])};
   };
-  JAX_FLASHMLA_CHECK(EncodeTensorMap({.data = q.untyped_data(),
-                                      .type = type,
-                                      .shape = shape(q.dimensions()),
-                                      .box = {kChunkColumns, kTileRows, 1, 1}},
-                                     &maps->q));
-  JAX_FLASHMLA_CHECK(EncodeTensorMap({.data = o_partial.untyped_data(),
-                                      .type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                                      .shape = shape(o_partial.dimensions()),
-                                      .box = {kChunkColumns, kTileRows, 1, 1}},
-                                     &maps->o_partial));
+  const auto encode_rows = [&](ffi::AnyBuffer rows, CUtensorMapDataType rows_type,
+                               CUtensorMap* map) {
+    return EncodeTensorMap({.data = rows.untyped_data(),
+                            .type = rows_type,
+                            .shape = shape(rows.dimensions()),
+                            .box = {kChunkColumns, kTileRows, 1, 1}},
+                           map);
+  };
+  JAX_FLASHMLA_CHECK(encode_rows(q, type, &maps->q));
+  JAX_FLASHMLA_CHECK(encode_rows(o_partial, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, &maps->o_partial));
   std::array<uint64_t, 4> k_shape = shape(k_cache.dimensions());
   const void* k_data = k_cache.untyped_data();
   if (k_shape[3] == 0) {  // an empty pool: every page is outside of it, and nothing is read

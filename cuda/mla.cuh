@@ -14,6 +14,7 @@
 // splits.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace jax_flashmla {
@@ -31,6 +32,9 @@ constexpr int kJoinedSplits = 2;
 struct PartBound {
   int32_t request, tile;
 };
+
+// What every kernel may count on for speed, never for results: the SMs of an H100 or H200.
+constexpr int kSms = 132;
 
 struct TileSchedule {
   const PartBound* part_bounds;  // [num_parts + 1]
@@ -52,6 +56,16 @@ __device__ __forceinline__ int64_t LseOffset(const Params& params, int request, 
 template <typename Int>
 __host__ __device__ constexpr Int CeilDiv(Int a, Int b) {
   return (a + b - 1) / b;
+}
+
+// Aligned parts hold so many whole requests each, or are so many a request; the other one is 1.
+template <typename Int>
+__host__ __device__ constexpr Int AlignedRequests(Int batch, Int num_parts) {
+  return CeilDiv(batch, num_parts);
+}
+template <typename Int>
+__host__ __device__ constexpr Int AlignedSplits(Int batch, Int num_parts) {
+  return std::max(num_parts / batch, Int{1});
 }
 
 }  // namespace jax_flashmla

@@ -91,8 +91,8 @@ struct Alignment {
   int min_tiles = 1;  // of a split
 
   __device__ __forceinline__ explicit Alignment(const SchedulerParams& params)
-      : requests(CeilDiv(params.batch, params.num_parts)),
-        splits(max(params.num_parts / params.batch, 1)) {}
+      : requests(AlignedRequests(params.batch, params.num_parts)),
+        splits(AlignedSplits(params.batch, params.num_parts)) {}
 
   // The tiles of each split of a request of `tiles`; the last one may have fewer. Of two splits,
   // which decode joins, the first one has a tile more, so that it finds the second one written.

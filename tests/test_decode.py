@@ -374,6 +374,10 @@ LENGTHS = [40, 24 * 64 - 5, 320, 320 - 63, 320 - 20, 320 - 1, 9 * 64]
 SPLITS = [1, 5, 1, 2, 2, 2, 3]  # of which a part has the end of one and the start of the next
 
 
+def split_inputs(h_q, max_blocks):
+    return cases.make_inputs(Case(len(LENGTHS), 1, 0, h_q), lengths=LENGTHS, max_blocks=max_blocks)
+
+
 def split_in(splits, lengths, inputs, implementation, **options):
     """The schedule for `lengths`, which must have this many splits of each request."""
     metadata = metadata_for(lengths, inputs, implementation, **options)
@@ -521,8 +525,7 @@ def test_queries_that_see_nothing_of_a_split(h_q, implementation):
 
 @row_tiles
 def test_split_sequences_that_have_become_short(h_q, max_blocks, implementation):
-    case = Case(len(LENGTHS), 1, 0, h_q)
-    inputs = cases.make_inputs(case, lengths=LENGTHS, max_blocks=max_blocks)
+    inputs = split_inputs(h_q, max_blocks)
     metadata = split_in_parts(inputs, implementation)
     for now in ([0] * 7, [1] * 7, [0, 1, 0, 1, 0, 1, 0], [1, 0, 0, 64, 320, 0, 65]):
         shorter = inputs.replace(cache_seqlens=np.array(now, np.int32))
@@ -533,8 +536,7 @@ def test_split_sequences_that_have_become_short(h_q, max_blocks, implementation)
 @row_tiles
 def test_arrays_of_different_schedules(h_q, max_blocks):
     """Nobody says what that gives, but it ends, and the next call knows nothing of it."""
-    case = Case(len(LENGTHS), 1, 0, h_q)
-    inputs = cases.make_inputs(case, lengths=LENGTHS, max_blocks=max_blocks)
+    inputs = split_inputs(h_q, max_blocks)
     ours, our_splits = metadata = split_in_parts(inputs, "cuda")
     for tiles in (
         [24, 5, 1, 5, 5, 5, 9],
@@ -561,8 +563,7 @@ def test_arrays_of_different_schedules(h_q, max_blocks):
 @row_tiles
 def test_repeat_runs_of_splits_are_bit_equal(h_q, max_blocks, implementation):
     """On one scratch, where every other call leaves partial results of other queries."""
-    case = Case(len(LENGTHS), 1, 0, h_q)
-    inputs = cases.make_inputs(case, lengths=LENGTHS, max_blocks=max_blocks)
+    inputs = split_inputs(h_q, max_blocks)
     others = inputs.replace(q=inputs.q[::-1].copy())
     metadata = split_in_parts(inputs, implementation)
     q = jnp.stack([inputs.q, others.q])

@@ -195,13 +195,7 @@ class ValueAccumulator {
           const uint4 unit = other[j / kChunkColumns].Unit(tile_row + 8 * i,
                                                            j % kChunkColumns / 8 + threadIdx.x % 4);
           uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
-#pragma unroll
-          for (int g = 0; g < 4; ++g) {
-            const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
-            const float2 x = Unpack<__half>(words[g]);
-            words[g] = Pack<T>(fmaf(weight, x.x, Normalised(e[0], factor[i])),
-                               fmaf(weight, x.y, Normalised(e[1], factor[i])));
-          }
+          AddAndPackGroups(words, n, j, i, factor[i], weight);
           QuadTranspose(words);
           if (row + 8 * i < params_.rows) StoreUnit(quarter + j, words);
         }
@@ -291,6 +285,18 @@ class ValueAccumulator {
     for (int g = 0; g < 4; ++g) {
       const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
       words[g] = factor == 0.f ? 0 : Pack<Out>(e[0] * factor, e[1] * factor);
+    }
+  }
+
+  // The same with `weight` times what the words hold of the other split added.
+  __device__ __forceinline__ void AddAndPackGroups(uint32_t (&words)[4], int n, int j, int i,
+                                                   float factor, float weight) const {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      const float* e = o_[n] + (j + 8 * g) / 2 + 2 * i;
+      const float2 other = Unpack<__half>(words[g]);
+      words[g] = Pack<T>(fmaf(weight, other.x, Normalised(e[0], factor)),
+                         fmaf(weight, other.y, Normalised(e[1], factor)));
     }
   }
 

@@ -1,7 +1,8 @@
-// Flags in global memory, by which warps of one launch hand data over to other blocks. All lanes of
-// the writing warp call ReleaseGlobalWrites(), then one sets the flag; all lanes of the reading
-// warp call AcquireGlobalWrites() when some have seen the flags, before any reads or lets the copy
-// engine read.
+// Flags in global memory, by which warps of one launch hand data over to other blocks, and counts,
+// by which blocks only know of each other. All lanes of the writing warp call
+// ReleaseGlobalWrites(), then one sets the flag; all lanes of the reading warp call
+// AcquireGlobalWrites() when some have seen the flags, before any reads or lets the copy engine
+// read.
 #pragma once
 
 #include "cta.cuh"
