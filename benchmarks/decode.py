@@ -1,4 +1,4 @@
-"""Times dense MLA decode, ours and FlashMLA's, and writes benchmarks/results/h200.json.
+"""Times dense MLA decode, ours and FlashMLA's, and writes benchmarks/results/<card>.json.
 
     python benchmarks/decode.py                 all cases, some minutes
     python benchmarks/decode.py --quick         a dozen cases, under a minute
@@ -18,12 +18,11 @@ import os
 import pathlib
 import sys
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "h200.json"
-
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, help=f"results file (full run: {RESULTS})")
+    parser.add_argument("--out", type=pathlib.Path, help="results file (of a full run: "
+                        "benchmarks/results/<card>.json)")  # fmt: skip
     parser.add_argument("--append", action="store_true", help="keep the file's other rows")
     parser.add_argument("--cases", default="", help="only cases whose name holds one of these, "
                         "comma-separated: h16-s1, 128x4096, 128x4096v")  # fmt: skip
@@ -64,8 +63,7 @@ def parse_arguments(argv):
     options.implementation = options.implementation or "cuda"
     options.repeats = options.repeats or (3 if brief else 7)
     options.seconds = options.seconds or 0.005
-    if options.out is None and not (brief or options.profile or options.cases):
-        options.out = RESULTS
+    options.full = not (brief or options.profile or options.cases)
     return options
 
 

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable
 
+import cards
 import workloads
 
 PEER_FIGURES = ("flashmla_us", "fa3_us", "flashinfer_us")
@@ -18,6 +19,11 @@ METADATA_US, METADATA_BATCH = 3.0, 1024
 # Where the floor is lower than this, no goal is stricter than floor / 0.95 + 4.5 us.
 SHORT_FLOOR_US, SHORT_SHARE, SHORT_EXTRA_US = 100.0, 0.95, 4.5
 LONG_US = {16: 14.0, 32: 14.0, 64: 16.0, 128: 20.0, 256: 30.0}  # by h_q * s_q
+
+
+def apply_to(results):
+    """Whether the results are of the card that goals and stored figures are of."""
+    return cards.card_of(results["device"]) is cards.H200
 
 
 def rows_of(case):

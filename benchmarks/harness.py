@@ -7,6 +7,7 @@ import statistics
 import time
 import traceback
 
+import cards
 import ceilings
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,10 @@ def open_peer(options):
 
 
 class Machine:
-    """What all sections share: the peer, clock and power."""
+    """What all sections share: the card, the peer, clock and power."""
 
     def __init__(self, options):
+        self.card = cards.card_of(jax.devices()[0].device_kind)
         self.peer = open_peer(options)
         self.meter = Meter(found=not options.smoke)
 
@@ -182,7 +184,8 @@ class Bench:
         return row | self.sustained(case, rounds, times)
 
     def row(self, case, times, found):
-        us, floor, ours = times["given"].us, case.floor_us(), len(self.kinds)
+        us, ours = times["given"].us, len(self.kinds)
+        floor = case.floor_us(self.machine.card)
         peer_us = times["peer"].us if "peer" in times else None
         row = case.row() | {"us": round(us, 2)}
         if "made" in times:

@@ -1,6 +1,6 @@
 """Times a whole model: examples/deepseek with random weights of DeepSeek-V2-Lite's dimensions.
 
-    python benchmarks/model.py             -> benchmarks/results/h200_model.json, then report.py
+    python benchmarks/model.py             -> benchmarks/results/<card>_model.json, then report.py
     python benchmarks/model.py --smoke     a tiny model on the CPU: does the script run
 
 What is timed is the decoder's own loop on the device, greedy, a token of each sequence a step. The
@@ -31,6 +31,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cards import results_path
 from results_file import commit_of
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -41,7 +42,6 @@ from examples.deepseek.config import ModelConfig
 from examples.deepseek.decoding import Decoder, State
 from examples.deepseek.weights import random_weights
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "h200_model.json"
 NAME, PAGE = "deepseek-v2-lite", 64
 WORKSPACE = 6e9  # bytes left to programs when a context is said to fit
 BURST, MOST_RUNS = 0.05, 20  # a chunk's attention runs for so many seconds, or so often
@@ -547,7 +547,7 @@ def wanted_forms(plan, row):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, help=f"results file ({RESULTS})")
+    parser.add_argument("--out", type=pathlib.Path, help="results file (results/<card>_model.json)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--budget", type=float, default=225, help="stop after so many seconds")
     parser.add_argument("--commit", help="commit to record, where there is no .git")
@@ -558,8 +558,6 @@ def parse_arguments(argv):
     options = parser.parse_args(argv)
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"--sections has {', '.join(SECTIONS)}, not {', '.join(sorted(unknown))}")
-    if not options.smoke and options.out is None:
-        options.out = RESULTS
     return options
 
 
@@ -582,7 +580,8 @@ def main(argv=None):
         "bytes_limit": limit,
     }
     print(f"{head['device']}: {head['weights_bytes'] / 1e9:.1f} GB of weights", flush=True)
-    results = Results(options.out, head, plan, limit)
+    path = options.out or (None if options.smoke else results_path(device.device_kind, "_model"))
+    results = Results(path, head, plan, limit)
     results.save()
     measure(plan, params, results, budget, options.sections)
     left_out = sum(len(results.wanted(name)) for name in options.sections)

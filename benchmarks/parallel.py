@@ -1,6 +1,6 @@
 """Times decode on two GPUs against one: data, tensor and context parallel.
 
-    python benchmarks/parallel.py               -> benchmarks/results/h200_x2.json
+    python benchmarks/parallel.py               -> benchmarks/results/<card>_x2.json
     python benchmarks/parallel.py --smoke       tiny shapes on two CPU devices: does the script run
 
 A round is one jitted function of several calls, which read different pages; each call waits for
@@ -19,6 +19,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cards import results_path
 from harness import MAX_REL_ERR
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,7 +29,6 @@ from workloads import HEAD_DIM_K, HEAD_DIM_V, MIN_BYTES_IN_ALL
 
 import jax_flashmla as mla
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "h200_x2.json"
 DEVICES, PAGE = 2, 64
 
 # How the arguments (q, k_cache, block_table, lengths) and the results (out, lse) are split.
@@ -214,7 +214,7 @@ def measure(case, devices, options):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, help=f"results file ({RESULTS})")
+    parser.add_argument("--out", type=pathlib.Path, help="results file (results/<card>_x2.json)")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on two CPU devices")
     parser.add_argument("--implementation", default="cuda", choices=["cuda", "xla"])
     parser.add_argument("--repeats", type=int, default=7)
@@ -224,8 +224,6 @@ def parse_arguments(argv):
     options = parser.parse_args(argv)
     if options.smoke:
         options.implementation, options.repeats, options.rest = "xla", 1, 0.0
-    elif options.out is None:
-        options.out = RESULTS
     return options
 
 
@@ -237,6 +235,7 @@ def main(argv=None):
     devices = jax.devices()[:DEVICES]
     if len(devices) < DEVICES:
         raise SystemExit(f"needs {DEVICES} devices, JAX sees {len(devices)}")
+    path = options.out or (None if options.smoke else results_path(devices[0].device_kind, "_x2"))
     results = {
         "device": f"{DEVICES} x {devices[0].device_kind}, jax {jax.__version__}",
         "commit": commit_of(options),
@@ -251,9 +250,9 @@ def main(argv=None):
         wrong = "" if row["rel_err"] <= MAX_REL_ERR else "  WRONG"
         print(f"{name:38s} {row['one_us']:9.2f} {row['two_us']:9.2f} {row['speedup']:7.2f}x{wrong}",
               flush=True)  # fmt: skip
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(row["rel_err"] <= MAX_REL_ERR for row in results["rows"]) else 1
 
 

@@ -27,8 +27,8 @@ def save(figure, path):
     pyplot().close(figure)
 
 
-def draw_cases(rows, path):
-    """Share of the floor by case: ours, the peer of the run, the best stored peer."""
+def draw_cases(rows, path, stored):
+    """Share of the floor by case: ours, the peer of the run, the best stored peer if `stored`."""
     plt = pyplot()
     groups = grouped(rows)
     columns = min(4, len(groups))
@@ -40,7 +40,7 @@ def draw_cases(rows, path):
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis, (key, group) in zip(axes.flat, groups.items(), strict=False):
-        draw_panel(axis, key, group)
+        draw_panel(axis, key, group, stored)
     save(figure, path)
 
 
@@ -51,19 +51,21 @@ def shares(rows, times):
     ]
 
 
-def series_of(rows):
+def series_of(rows, stored):
     """(label, percent of the floor, marker, colour) of ours and the peers."""
-    stored = [goals.best_stored_us(workloads.case_of(row)) for row in rows]
-    return [
+    series = [
         ("jax_flashmla", shares(rows, [row["us"] for row in rows]), "o", OURS),
         ("FlashMLA, same run", shares(rows, [row["peer_us"] for row in rows]), "x", PEER),
-        ("best peer, stored figure", shares(rows, stored), "|", STORED),
     ]
+    if stored:
+        best = [goals.best_stored_us(workloads.case_of(row)) for row in rows]
+        series.append(("best peer, stored figure", shares(rows, best), "|", STORED))
+    return series
 
 
-def draw_panel(axis, key, rows):
+def draw_panel(axis, key, rows, stored):
     places = range(len(rows))
-    for label, values, marker, color in series_of(rows):
+    for label, values, marker, color in series_of(rows, stored):
         size = 11 if marker == "|" else 6
         axis.plot(values, places, marker, color=color, label=label, markersize=size)
     axis.set_yticks(places, [name_of(row) for row in rows], fontsize=7)
@@ -95,7 +97,7 @@ def growth_panels(rows):
     return {title: panel for title, panel in panels.items() if panel[1]}
 
 
-def draw_growth(rows, path):
+def draw_growth(rows, path, stored):
     """Share of the floor by batch and by length."""
     plt, panels = pyplot(), growth_panels(rows)
     columns = min(3, len(panels))
@@ -109,7 +111,7 @@ def draw_growth(rows, path):
     for axis, (title, (name, group)) in zip(axes.flat, panels.items(), strict=False):
         group = sorted(group, key=lambda row: row[name])
         places = [row[name] for row in group]
-        for label, values, marker, color in series_of(group):
+        for label, values, marker, color in series_of(group, stored):
             style, size = ("_", 14) if marker == "|" else (f"{marker}-", 6)
             axis.plot(places, values, style, color=color, label=label, markersize=size)
         axis.set_xscale("log", base=2)

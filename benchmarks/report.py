@@ -1,5 +1,8 @@
 """Draws docs/performance.md and its plots from a results file, and checks gate and goals.
 
+The page of another card than the H200 has its name: docs/performance_h100.md. Goals and stored
+figures of peers are of an H200, and left out of it.
+
 python benchmarks/report.py            writes docs/performance.md and its plots
 python benchmarks/report.py --gate     prints what misses the gate; exit status 1 if any does
 python benchmarks/report.py --goals    the same for the goals
@@ -12,6 +15,7 @@ import pathlib
 import statistics
 import sys
 
+import cards
 import goals
 import plots
 import workloads
@@ -22,7 +26,7 @@ MAX_REL_ERR = 1e-2
 GATE_LARGE_BATCH, GATE_LARGE, GATE_ANYWHERE = 64, 0.97, 0.90
 PEER_TOLERANCE = 0.15
 
-INTRO = """# Performance
+INTRO = """# Performance on an {card}
 
 Drawn by `python benchmarks/report.py` from `benchmarks/results/{file}`:
 {device}, commit `{commit}`.
@@ -35,8 +39,8 @@ time of a call that makes its own. The peer is {peer}, timed in the same run on 
 replayed from a CUDA graph with its metadata made beforehand. Every output is compared with
 float32.
 
-**Floor**: max(2·h_q·s_q·Σlen·(d_k+d_v) / 780 TFLOP/s, bytes of cache, queries and outputs /
-4.55 TB/s). **Share**: floor over time. **Ratio**: the peer's time over ours.
+**Floor**: max(2·h_q·s_q·Σlen·(d_k+d_v) / {flops:.0f} TFLOP/s, bytes of cache, queries and outputs /
+{bytes:.2f} TB/s). **Share**: floor over time. **Ratio**: the peer's time over ours.
 {ceilings}
 """
 
@@ -68,10 +72,10 @@ def read_results(path):
         return json.load(f)
 
 
-def void_rows(rows):
+def void_rows(results):
     """Rows in which the peer is too far from its stored figure for the run to count."""
     found = []
-    for row in rows:
+    for row in results["rows"] if goals.apply_to(results) else []:
         case = workloads.case_of(row)
         if workloads.is_anchor(case) and row["peer_us"]:
             stored = workloads.stored_peers()[case]["flashmla_us"]
@@ -83,7 +87,7 @@ def void_rows(rows):
 def gate_failures(results):
     """What keeps the results from meeting the gate, one line each."""
     rows = results["rows"]
-    failures = [f"void: {text}" for text in void_rows(rows)]
+    failures = [f"void: {text}" for text in void_rows(results)]
     failures += [f"error: {text}" for text in results.get("errors", [])]
     measured = {workloads.case_of(row) for row in rows}
     failures += [f"{case.name}: missing" for case in workloads.all_cases() if case not in measured]
@@ -119,9 +123,10 @@ def print_gate(results):
         f"batch >= {GATE_LARGE_BATCH}: {geometric_mean(large):.3f}, "
         f"least {min(large, default=math.nan):.3f}"
     )
-    pairs = [(goals.best_stored_us(workloads.case_of(row)), row["us"]) for row in rows]
-    best = geometric_mean(stored / us for stored, us in pairs if stored)
-    print(f"geometric mean of the best stored peer over ours: {best:.3f}")
+    if goals.apply_to(results):
+        pairs = [(goals.best_stored_us(workloads.case_of(row)), row["us"]) for row in rows]
+        best = geometric_mean(stored / us for stored, us in pairs if stored)
+        print(f"geometric mean of the best stored peer over ours: {best:.3f}")
     print("the gate is met" if not failures else f"the gate is missed: {len(failures)} lines")
     return not failures
 
@@ -197,7 +202,7 @@ def goals_section(results):
         "whichever sets\nthe floor) over the one of this run, by at most 5%. Where the floor is "
         "under 100 us, no goal is\nstricter than floor / 0.95 + 4.5 us.",
         ["regime", "goal", "cases met", "worst"],
-        goals.table_cells(results),
+        goals.table_cells(results) if goals.apply_to(results) else [],
     )
 
 
@@ -396,8 +401,10 @@ def page_text(results, file, plot, growth_plot, model=None):
     """The whole of docs/performance.md; model: the results of model.py, if there are any."""
     rows = results["rows"]
     peer = next((row["peer"] for row in rows if row["peer"]), "absent")
+    card = cards.card_of(results["device"])
     intro = INTRO.format(
         file=file, device=results["device"], commit=results["commit"], peer=peer,
+        card=card.name, flops=card.flops / 1e12, bytes=card.bytes / 1e12,
         ceilings=ceilings_text(results["ceilings"]),
     )  # fmt: skip
     ratios = [row["ratio"] for row in rows if row["ratio"]]
@@ -426,7 +433,7 @@ def page_text(results, file, plot, growth_plot, model=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results" / "h200.json")
+    parser.add_argument("--results", type=pathlib.Path, default=cards.results_path(cards.H200.kind))
     parser.add_argument("--docs", type=pathlib.Path, default=HERE.parent / "docs")
     parser.add_argument("--gate", action="store_true")
     parser.add_argument("--goals", action="store_true")
@@ -436,12 +443,13 @@ def main(argv=None):
         return 0 if print_gate(results) else 1
     if options.goals:
         return 0 if print_goals(results) else 1
-    plot, growth_plot = options.docs / "performance.svg", options.docs / "growth.svg"
+    tail = "" if goals.apply_to(results) else f"_{options.results.stem}"
+    plot, growth_plot = (options.docs / f"{name}{tail}.svg" for name in ("performance", "growth"))
     options.docs.mkdir(parents=True, exist_ok=True)
-    plots.draw_cases(results["rows"], plot)
-    written = [options.docs / "performance.md", plot]
+    plots.draw_cases(results["rows"], plot, goals.apply_to(results))
+    written = [options.docs / f"performance{tail}.md", plot]
     if growth := results.get("growth", {"rows": []})["rows"]:
-        plots.draw_growth(growth, growth_plot)
+        plots.draw_growth(growth, growth_plot, goals.apply_to(results))
         written.append(growth_plot)
     model = options.results.with_name(f"{options.results.stem}_model.json")
     text = page_text(

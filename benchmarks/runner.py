@@ -2,6 +2,7 @@
 
 import time
 
+import cards
 import jax
 import sections
 from harness import MAX_REL_ERR, Machine, guarded, out_of_time, run_cases, select_cases
@@ -32,7 +33,8 @@ def main(options):
           f"implementation {options.implementation}", flush=True)  # fmt: skip
     machine = Machine(options)
     append = options.append if options.table else "sections"
-    results = Results(options.out, append, name, commit_of(options))
+    path = options.out or (cards.results_path(device.device_kind) if options.full else None)
+    results = Results(path, append, name, commit_of(options))
     status = run_cases(options, machine, results, cases, started) if options.table else 0
     if options.profile:
         return status

@@ -200,7 +200,8 @@ def measure_beside_twin(benches, number, options):
     (twin, *variants), rows = benches, []
     for key in variants:
         found = benches[key].check(cases[key], inputs[key], [ours[key]])
-        us, twin_us, floor = times[key].us, times[twin].us, cases[key].floor_us()
+        us, twin_us = times[key].us, times[twin].us
+        floor = cases[key].floor_us(benches[key].machine.card)
         rows.append(
             cases[key].row() | benches[key].columns(cases[key]) | {
                 "us": round(us, 2), "twin_us": round(twin_us, 2),

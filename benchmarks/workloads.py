@@ -7,14 +7,11 @@ import math
 import pathlib
 import random
 
+import cards
 import numpy as np
 
 HEAD_DIM_K = 576
 HEAD_DIM_V = 512
-
-# Every floor is stated with these two, whatever the chip of the day reaches.
-FLOOR_FLOPS = 780e12
-FLOOR_BYTES = 4.55e12
 
 # What one timed round must touch so that the L2 (60 MB) does not serve it.
 MIN_BYTES_IN_ALL = 300e6
@@ -60,22 +57,22 @@ class Case:
         spread = self.mean_len / 2
         return [int(max(rng.normalvariate(self.mean_len, spread), 2)) for _ in range(self.batch)]
 
-    def floor_us(self):
+    def floor_us(self, card=cards.H200):
         """The time that the chip needs at least, in microseconds."""
-        return max(self.compute_us(), self.memory_us())
+        return max(self.compute_us(card), self.memory_us(card))
 
-    def compute_us(self):
+    def compute_us(self, card=cards.H200):
         """What the arithmetic takes at least."""
         tokens = sum(self.lengths())
         flops = 2 * self.h_q * self.s_q * tokens * (HEAD_DIM_K + HEAD_DIM_V)
-        return 1e6 * flops / FLOOR_FLOPS
+        return 1e6 * flops / card.flops
 
-    def memory_us(self):
+    def memory_us(self, card=cards.H200):
         """What reading the cache and the queries and writing the outputs takes at least."""
         tokens = sum(self.lengths())
         rows = self.batch * self.s_q * self.h_q
         moved = 2 * (tokens * HEAD_DIM_K + rows * (HEAD_DIM_K + HEAD_DIM_V))
-        return 1e6 * moved / FLOOR_BYTES
+        return 1e6 * moved / card.bytes
 
     def pages(self):
         """How many pages one input set needs."""

@@ -66,6 +66,35 @@ def test_cases_agree_with_the_stored_measurements(workloads):
         assert case.causal == stored["causal"]
 
 
+def test_a_card_has_its_floors_and_its_file(workloads, bench):
+    cards = bench("cards")
+    h200, h100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
+    names = [cards.results_path(kind).name for kind in (h200, h100, "NVIDIA GH200 480GB", "cpu")]
+    assert names == ["h200.json", "h100.json", "nvidia_gh200_480gb.json", "cpu.json"]
+    assert cards.results_path(h100, "_model").name == "h100_model.json"
+    assert cards.card_of(f"{h100}, 132 SMs, jax 0.11.2") is cards.H100
+    assert cards.card_of(f"{h200}, jax 0.11.2") is cards.card_of("another") is cards.H200
+    reads, computes = workloads.Case(16, 1, 128, 4096), workloads.Case(128, 2, 128, 4096)
+    assert reads.floor_us(cards.H100) == pytest.approx(reads.floor_us() * 4.55 / 3.15)
+    assert computes.floor_us(cards.H100) == computes.floor_us()
+
+
+def test_another_card_is_not_judged_by_figures_of_an_h200(workloads, report, capsys):
+    results = passing_results(workloads) | {"device": "NVIDIA H100 80GB HBM3, jax 0.11.2"}
+    for row in results["rows"]:
+        row["peer_us"] *= 1.5
+    assert report.gate_failures(results) == []
+    assert report.print_gate(results)
+    assert "best stored peer" not in capsys.readouterr().out
+    text = report.page_text(results, "file", "plot", "growth")
+    assert "# Performance on an H100" in text
+    assert "3.15 TB/s" in text
+    assert "## Goals" not in text
+    results["device"] = "NVIDIA H200, jax 0.11.2"
+    assert len(report.gate_failures(results)) > 10
+    assert "## Goals" in report.page_text(results, "file", "plot", "growth")
+
+
 def test_input_sets_are_too_large_for_the_l2(workloads):
     for case in workloads.all_cases():
         assert case.calls * sum(case.lengths()) * workloads.HEAD_DIM_K * 2 >= 256e6

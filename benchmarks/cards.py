@@ -1,0 +1,38 @@
+"""The cards that are measured on: what each reaches at best, and where its results are kept."""
+
+import dataclasses
+import pathlib
+import re
+
+FOLDER = pathlib.Path(__file__).resolve().parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Every floor on a card is stated with these two, whatever a run reaches."""
+
+    kind: str  # as JAX names it
+    name: str
+    flops: float  # bf16, a second
+    bytes: float  # read from memory, a second
+
+
+# The cases were chosen on an H200, and the peers' stored figures are of one.
+H200 = Card("NVIDIA H200", "H200", 780e12, 4.55e12)
+H100 = Card("NVIDIA H100 80GB HBM3", "H100", 780e12, 3.15e12)
+
+
+def card_of(device):
+    """The card that `device`, a kind or a text that begins with one and a comma, is about.
+
+    Of one that is not known, floors are those of an H200.
+    """
+    kind = device.split(",")[0]
+    return next((card for card in (H200, H100) if card.kind == kind), H200)
+
+
+def results_path(kind, suffix=""):
+    """Where the results of a kind of device go: results/h200.json for an H200."""
+    card = card_of(kind)
+    name = card.name if card.kind == kind else re.sub(r"\W+", "_", kind)
+    return FOLDER / f"{name.lower()}{suffix}.json"
