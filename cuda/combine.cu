@@ -7,9 +7,9 @@
 //
 // Schedule: a block looks at one request, or, where that is less, at one of every kJoinedSplits
 // bounds between parts: a request of that many splits and more contains one of them. Blocks that
-// find nothing to do leave at once. A warp makes a row, a half or a quarter of it, whatever lets
-// all blocks run at once, with all splits in flight; several warps share the splits where there are
-// blocks to spare.
+// find nothing to do leave at once. A group of 16 lanes makes a half or a quarter of a row,
+// whatever lets all blocks run at once, with all splits in flight; several groups share the splits
+// where there are blocks to spare.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -22,44 +22,34 @@
 namespace jax_flashmla {
 namespace {
 
-using sm90::kFullWarp;
-using sm90::kWarpSize;
+constexpr int kLaneElements = 8;  // a lane loads 16 bytes
+constexpr int kGroupLanes = kQuarterColumns / kLaneElements;
 
-constexpr int kLaneElements = 4;  // a lane loads 8 bytes
-static_assert(kWarpSize * kLaneElements == kQuarterColumns);
-
-// How rows are cut into pieces, of which a warp, or several, make one.
+// How rows are cut into pieces, of which a group of lanes, or several, make one.
 enum class Cut {
-  kFewQuarters,  // in blocks of 16 warps for one piece, of which an SM holds one
+  kFewQuarters,  // in blocks of 32 groups for one piece, of which an SM holds one
   kQuarters,
-  kLongQuarters,  // of many splits
   kHalves,
-  kRows,
-  kManyRows,  // more than run at once
+  kManyHalves,  // more than run at once
 };
 constexpr int PieceQuarters(Cut cut) {
-  return cut == Cut::kRows || cut == Cut::kManyRows ? 4 : cut == Cut::kHalves ? 2 : 1;
+  return cut == Cut::kHalves || cut == Cut::kManyHalves ? 2 : 1;
 }
-// Splits that a warp has in flight.
+// Splits that a group has in flight.
 constexpr int SplitsAtOnce(Cut cut) {
-  switch (cut) {
-    case Cut::kLongQuarters:
-      return 17;
-    case Cut::kRows:
-      return 5;
-    case Cut::kManyRows:
-      return 3;
-    default:
-      return 9;
-  }
+  return cut == Cut::kQuarters ? 9 : cut == Cut::kManyHalves ? 3 : 5;
 }
-constexpr int BlockWarps(Cut cut) { return cut == Cut::kFewQuarters ? 16 : 8; }
+constexpr int BlockGroups(Cut cut) { return cut == Cut::kFewQuarters ? 32 : 16; }
+constexpr int BlockThreads(Cut cut) { return BlockGroups(cut) * kGroupLanes; }
+constexpr int BlockWarps(Cut cut) { return BlockThreads(cut) / sm90::kWarpSize; }
 constexpr int BlocksPerSm(Cut cut) {
-  return cut == Cut::kFewQuarters ? 1 : cut == Cut::kManyRows ? 3 : 2;
+  return cut == Cut::kFewQuarters ? 1 : cut == Cut::kManyHalves ? 3 : 2;
 }
-// Whether several warps may share the splits of a piece.
+// Whether several groups may share the splits of a piece.
 constexpr bool IsShared(Cut cut) { return PieceQuarters(cut) == 1; }
-constexpr int kWarpsAtOnce = kSms * BlocksPerSm(Cut::kQuarters) * BlockWarps(Cut::kQuarters);
+// From so many splits of a request on, and if it has few rows, kFewQuarters is faster.
+constexpr int kFewQuartersSplits = 73;
+constexpr int kGroupsAtOnce = kSms * BlocksPerSm(Cut::kQuarters) * BlockGroups(Cut::kQuarters);
 
 // The splits of one request.
 struct SplitRequest {
@@ -92,166 +82,197 @@ __device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int par
          part <= found->first_part + kJoinedSplits;
 }
 
-// log2 of the sum of 2^lse over the splits, by the 32 lanes of a warp; NaN if any is NaN.
-__device__ __forceinline__ float TotalLse(const CombineParams& params, const SplitRequest& request,
-                                          int kv_head, int row) {
-  constexpr int kAtOnce = 5;  // so that 132 parts take one turn
-  float total = -INFINITY;
-  for (int begin = 0; begin < request.splits; begin += kAtOnce * kWarpSize) {
-    float lse[kAtOnce];
-    float largest = total;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int split = begin + i * kWarpSize + threadIdx.x % kWarpSize;
-      lse[i] = split < request.splits
-                   ? params.partial.lse[PartialRow(params, request.Slot(split), kv_head, row)]
-                   : -INFINITY;
-      largest = fmaxf(largest, lse[i]);
-    }
-#pragma unroll
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
-    }
-    if (largest == -INFINITY) largest = 0.f;  // -inf - -inf is NaN
-    float sum = threadIdx.x % kWarpSize == 0 ? Exp2(total - largest) : 0.f;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) sum += Exp2(lse[i] - largest);
-#pragma unroll
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      sum += __shfl_xor_sync(kFullWarp, sum, step);
-    }
-    total = log2f(sum) + largest;  // -inf where the sum is 0
-  }
-  return total;
+// What some of a row's splits add up to: the sums of 2^(lse_s - largest) o_s, in a lane's elements
+// of kCount quarters, and of these weights alone.
+template <int kCount>
+struct WeighedSum {
+  float o[kCount][kLaneElements];
+  float largest, weight;
+};
+
+// What weights are relative to.
+__device__ __forceinline__ float WeightBase(float largest) {
+  return largest == -INFINITY ? 0.f : largest;  // -inf - -inf is NaN
 }
 
-// Adds to `sum` the shares of splits first, first + step, ... in elements `element` .. + 3 of
-// kCount quarters of a row, and gives the total log-sum-exp. kAtOnce splits are in flight, the
-// first of them before the total is known. A split that saw no key counts for nothing.
+// Adds `weight` times the elements in `packed`.
+__device__ __forceinline__ void AddPacked(float (&sum)[kLaneElements], float weight, uint4 packed) {
+  const uint32_t words[] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < kLaneElements / 2; ++i) {
+    const float2 pair = sm90::Unpack<__half>(words[i]);
+    sum[2 * i] = fmaf(weight, pair.x, sum[2 * i]);
+    sum[2 * i + 1] = fmaf(weight, pair.y, sum[2 * i + 1]);
+  }
+}
+
+// The sum of splits first, first + step, ... from `element` of a row on. kAtOnce of them are in
+// flight, which changes no bits. A split that saw no key counts for nothing.
 template <int kCount, int kAtOnce>
-__device__ __forceinline__ float AddSplits(const CombineParams& params, const SplitRequest& request,
-                                           int kv_head, int row, int first, int step, int element,
-                                           float4 (&sum)[kCount]) {
-  float total = 0.f;
+__device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& params,
+                                                        const SplitRequest& request, int kv_head,
+                                                        int row, int first, int step, int element) {
+  const auto lse_of = [&](int split) {
+    return params.partial.lse[PartialRow(params, request.Slot(split), kv_head, row)];
+  };
+  WeighedSum<kCount> sum = {};
   int begin = first;
   do {
-    uint2 x[kAtOnce][kCount];
+    uint4 x[kAtOnce][kCount];
     float lse[kAtOnce], scale[kAtOnce][kCount];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = begin + i * step;
       lse[i] = -INFINITY;
       if (split >= request.splits) continue;
-      const int64_t partial_row = PartialRow(params, request.Slot(split), kv_head, row);
-      lse[i] = params.partial.lse[partial_row];
-      const __half* o = params.partial.o + partial_row * kHeadDimV + element;
+      lse[i] = lse_of(split);
+      const __half* o = params.partial.o +
+                        PartialRow(params, request.Slot(split), kv_head, row) * kHeadDimV + element;
       const float* scales =
           params.partial.scale +
           PartialQuarter(params, request.Slot(split), kv_head, row, element / kQuarterColumns);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        x[i][j] = *reinterpret_cast<const uint2*>(o + j * kQuarterColumns);
+        x[i][j] = *reinterpret_cast<const uint4*>(o + j * kQuarterColumns);
         scale[i][j] = scales[j * params.rows];
       }
     }
-    if (begin == first) total = TotalLse(params, request, kv_head, row);
+    if (begin == first) {
+      sum.largest = lse[0];
+#pragma unroll
+      for (int i = 1; i < kAtOnce; ++i) sum.largest = fmaxf(sum.largest, lse[i]);
+      for (int split = first + kAtOnce * step; split < request.splits; split += step) {
+        sum.largest = fmaxf(sum.largest, lse_of(split));
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (lse[i] == -INFINITY) continue;
+      const float weight = Exp2(lse[i] - sum.largest);
+      sum.weight += weight;
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const float weight = Exp2(lse[i] - total) * scale[i][j];
-        const float2 low = sm90::Unpack<__half>(x[i][j].x), high = sm90::Unpack<__half>(x[i][j].y);
-        sum[j].x = fmaf(weight, low.x, sum[j].x);
-        sum[j].y = fmaf(weight, low.y, sum[j].y);
-        sum[j].z = fmaf(weight, high.x, sum[j].z);
-        sum[j].w = fmaf(weight, high.y, sum[j].w);
-      }
+      for (int j = 0; j < kCount; ++j) AddPacked(sum.o[j], weight * scale[i][j], x[i][j]);
     }
     begin += kAtOnce * step;
   } while (begin < request.splits);
-  return total;
-}
-
-// Elements `element` .. + 3 of a partial row (partial_result.cuh) are columns c, c + 1, c + 8 and
-// c + 9 of it, of which this is c.
-__device__ __forceinline__ int FirstColumn(int element) {
-  return element / 32 * 32 + element % 8 / 4 * 16 + element % 32 / 8 * 2;
-}
-
-template <typename T>
-__device__ __forceinline__ void WriteElements(const CombineParams& params, int request, int kv_head,
-                                              int row, int element, float4 x) {
-  const int64_t base =
-      (static_cast<int64_t>(request) * params.num_kv_heads + kv_head) * params.rows + row;
-  T* out = static_cast<T*>(params.out) + base * kHeadDimV + FirstColumn(element);
-  *reinterpret_cast<uint32_t*>(out) = sm90::Pack<T>(x.x, x.y);
-  *reinterpret_cast<uint32_t*>(out + 8) = sm90::Pack<T>(x.z, x.w);
-}
-
-__device__ __forceinline__ void WriteLse(const CombineParams& params, int request, int kv_head,
-                                         int row, float total) {
-  params.lse[LseOffset(params, request, kv_head, row)] = NaturalLse(total);
-}
-
-// The sum over the `warps` warps, a power of 2, that share a piece, for the first one of them.
-template <int kBlockWarps>
-__device__ __forceinline__ float4 SumOverWarps(float4 sum, int warps) {
-  __shared__ float4 partial[kBlockWarps][kWarpSize];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  partial[warp][lane] = sum;
-  __syncthreads();
-  if (warp % warps != 0) return sum;
-#pragma unroll 4
-  for (int w = 1; w < warps; ++w) {
-    const float4 other = partial[warp + w][lane];
-    sum.x += other.x;
-    sum.y += other.y;
-    sum.z += other.z;
-    sum.w += other.w;
-  }
   return sum;
 }
 
-// `warps` warps make piece `piece` of all rows' pieces, if there is one.
+// The sum of the two groups of a warp, for both.
+__device__ __forceinline__ WeighedSum<1> SumOverWarp(const WeighedSum<1>& sum) {
+  const auto other = [](float x) { return __shfl_xor_sync(sm90::kFullWarp, x, kGroupLanes); };
+  WeighedSum<1> total;
+  total.largest = fmaxf(sum.largest, other(sum.largest));
+  const float factor = Exp2(sum.largest - WeightBase(total.largest));
+  const float weight = factor * sum.weight;
+  total.weight = weight + other(weight);
+#pragma unroll
+  for (int i = 0; i < kLaneElements; ++i) {
+    const float x = factor * sum.o[0][i];
+    total.o[0][i] = x + other(x);
+  }
+  return total;
+}
+
+// The sum over the `groups` groups, a power of 2, that share a piece, for the first one of them.
+template <int kBlockWarps>
+__device__ __forceinline__ WeighedSum<1> SumOverGroups(const WeighedSum<1>& own, int groups) {
+  __shared__ float4 o[2][kBlockWarps][kGroupLanes];
+  __shared__ float largest[kBlockWarps], weight[kBlockWarps];
+  if (groups == 1) return own;
+  const WeighedSum<1> sum = SumOverWarp(own);
+  const int lane = threadIdx.x % sm90::kWarpSize, warp = threadIdx.x / sm90::kWarpSize;
+  const int warps = groups / 2;
+  if (lane < kGroupLanes) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* x = sum.o[0] + 4 * i;
+      o[i][warp][lane] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+  }
+  if (lane == 0) {
+    largest[warp] = sum.largest;
+    weight[warp] = sum.weight;
+  }
+  __syncthreads();
+  if (warp % warps != 0 || lane >= kGroupLanes) return sum;
+  WeighedSum<1> total = {.largest = -INFINITY};
+  for (int w = 0; w < warps; ++w) total.largest = fmaxf(total.largest, largest[warp + w]);
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) {
+    const float factor = Exp2(largest[warp + w] - WeightBase(total.largest));
+    total.weight = fmaf(factor, weight[warp + w], total.weight);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 x = o[i][warp + w][lane];
+      float* e = total.o[0] + 4 * i;
+      e[0] = fmaf(factor, x.x, e[0]);
+      e[1] = fmaf(factor, x.y, e[1]);
+      e[2] = fmaf(factor, x.z, e[2]);
+      e[3] = fmaf(factor, x.w, e[3]);
+    }
+  }
+  return total;
+}
+
+// A lane's elements times `factor`, rounded, as 8 columns in a row: a quad has them as the partial
+// results have them (partial_result.cuh).
+template <typename T>
+__device__ __forceinline__ uint4 RoundedColumns(const float (&x)[kLaneElements], float factor) {
+  uint32_t words[kLaneElements / 2];
+#pragma unroll
+  for (int i = 0; i < kLaneElements / 2; ++i) {
+    words[i] = sm90::Pack<T>(x[2 * i] * factor, x[2 * i + 1] * factor);
+  }
+  sm90::QuadTranspose(words);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// `groups` groups make piece `piece` of all rows' pieces, if there is one.
 template <typename T, Cut kCut>
 __device__ __forceinline__ void CombinePiece(const CombineParams& params,
                                              const SplitRequest& request, int kv_head, int piece,
-                                             int warps) {
+                                             int groups) {
   constexpr int kCount = PieceQuarters(kCut);
   const int row = piece * kCount / kQuarters;
   const int element =
-      piece * kCount % kQuarters * kQuarterColumns + threadIdx.x % kWarpSize * kLaneElements;
-  const int share = threadIdx.x / kWarpSize % warps;
-  float4 sum[kCount] = {};
-  float total = 0.f;
+      piece * kCount % kQuarters * kQuarterColumns + threadIdx.x % kGroupLanes * kLaneElements;
+  const int share = threadIdx.x / kGroupLanes % groups;
+  WeighedSum<kCount> sum = {};
   if (row < params.rows) {
-    total = AddSplits<kCount, SplitsAtOnce(kCut)>(params, request, kv_head, row, share, warps,
-                                                  element, sum);
+    sum = AddSplits<kCount, SplitsAtOnce(kCut)>(params, request, kv_head, row, share, groups,
+                                                element);
   }
-  if constexpr (IsShared(kCut)) sum[0] = SumOverWarps<BlockWarps(kCut)>(sum[0], warps);
-  if (share != 0 || row >= params.rows) return;
+  if constexpr (IsShared(kCut)) sum = SumOverGroups<BlockWarps(kCut)>(sum, groups);
+  const float factor = sum.weight == 0.f ? 0.f : 1.f / sum.weight;
+  const int64_t head = static_cast<int64_t>(request.request) * params.num_kv_heads + kv_head;
+  T* out = static_cast<T*>(params.out) + (head * params.rows + row) * kHeadDimV + element;
+  const bool writes = share == 0 && row < params.rows;
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    WriteElements<T>(params, request.request, kv_head, row, element + j * kQuarterColumns, sum[j]);
+    const uint4 columns = RoundedColumns<T>(sum.o[j], factor);
+    if (writes) *reinterpret_cast<uint4*>(out + j * kQuarterColumns) = columns;
   }
-  if (element == 0) WriteLse(params, request.request, kv_head, row, total);
+  if (writes && element == 0) {
+    const float lse = log2f(sum.weight) + WeightBase(sum.largest);  // -inf where no key was seen
+    params.lse[LseOffset(params, request.request, kv_head, row)] = NaturalLse(lse);
+  }
 }
 
-// Warps for a piece: as many as there are blocks for, with at least 4 splits each.
+// Groups for a piece: as many as there are blocks for, with at least 4 splits each.
 template <Cut kCut>
-__device__ __forceinline__ int WarpsFor(int splits, int most) {
+__device__ __forceinline__ int GroupsFor(int splits, int most) {
   if constexpr (!IsShared(kCut)) return 1;
-  if constexpr (kCut == Cut::kFewQuarters) return BlockWarps(kCut);
-  int warps = 1;
-  while (warps < most && 2 * warps * 4 <= splits) warps *= 2;
-  return warps;
+  if constexpr (kCut == Cut::kFewQuarters) return BlockGroups(kCut);
+  int groups = 1;
+  while (groups < most && 2 * groups * 4 <= splits) groups *= 2;
+  return groups;
 }
 
-// Grid: candidates * h_kv * units, unit fastest: enough units for `most_warps` warps a piece.
+// Grid: candidates * h_kv * units, unit fastest: enough units for `most_groups` groups a piece.
 template <typename T, Cut kCut>
-__global__ void __launch_bounds__(BlockWarps(kCut) * kWarpSize, BlocksPerSm(kCut))
-    CombineKernel(const __grid_constant__ CombineParams params, int units, int most_warps,
+__global__ void __launch_bounds__(BlockThreads(kCut), BlocksPerSm(kCut))
+    CombineKernel(const __grid_constant__ CombineParams params, int units, int most_groups,
                   bool by_request) {
   const int unit = blockIdx.x % units;
   const int kv_head = blockIdx.x / units % params.num_kv_heads;
@@ -263,20 +284,22 @@ __global__ void __launch_bounds__(BlockWarps(kCut) * kWarpSize, BlocksPerSm(kCut
   const bool found = by_request
                          ? FindByRequest(params.schedule, candidate, &request)
                          : FindByPart(params.schedule, (candidate + 1) * kJoinedSplits, &request);
-  if (!found && blockIdx.x > 0) return;
+  if (!found) {
+    if (blockIdx.x == 0) sm90::WaitForPriorKernels();
+    return;
+  }
+  const int groups = GroupsFor<kCut>(request.splits, most_groups);
+  const int piece = (unit * BlockGroups(kCut) + threadIdx.x / kGroupLanes) / groups;
   sm90::WaitForPriorKernels();
-  if (!found) return;
-  const int warps = WarpsFor<kCut>(request.splits, most_warps);
-  const int warp = unit * BlockWarps(kCut) + threadIdx.x / kWarpSize;
-  CombinePiece<T, kCut>(params, request, kv_head, warp / warps, warps);
+  CombinePiece<T, kCut>(params, request, kv_head, piece, groups);
 }
 
 struct LaunchPlan {
   Cut cut;
-  int most_warps;  // for a piece
+  int most_groups;  // for a piece
 };
 
-// How many warps share a piece decides in which order its splits are added, so it must not follow
+// How many groups share a piece decides in which order its splits are added, so it must not follow
 // from the batch where the splits have a fixed size, and there are equally many parts for each
 // request. So it follows from the splits of a request on average, as if the parts were those of all
 // SMs; and the rest, which changes no bits, from the `rows` of all requests that may have to be
@@ -284,21 +307,16 @@ struct LaunchPlan {
 LaunchPlan PlanLaunch(const CombineParams& params, int64_t rows) {
   const int64_t rows_each = int64_t{params.num_kv_heads} * params.rows;
   const int64_t splits = std::max(params.schedule.num_parts / params.batch, 1);
-  constexpr int kMostWarps = BlockWarps(Cut::kQuarters);
-  if (splits > kMostWarps * SplitsAtOnce(Cut::kQuarters) && rows_each * kQuarters <= splits) {
-    return {Cut::kFewQuarters, BlockWarps(Cut::kFewQuarters)};
+  if (splits >= kFewQuartersSplits && rows_each * kQuarters <= splits) {
+    return {Cut::kFewQuarters, BlockGroups(Cut::kFewQuarters)};
   }
   const int64_t parts_of_sms =
       kSms / (int64_t{params.num_kv_heads} * CeilDiv(params.rows, kTileRows));
   const int64_t rows_of_sms = std::max<int64_t>(parts_of_sms / splits, 1) * rows_each;
-  int warps = kMostWarps;
-  while (warps > 1 && rows_of_sms * kQuarters * warps > kWarpsAtOnce) warps /= 2;
-  if (warps > 1 || rows * kQuarters <= kWarpsAtOnce) {
-    const bool are_many = splits > warps * SplitsAtOnce(Cut::kQuarters);
-    return {are_many ? Cut::kLongQuarters : Cut::kQuarters, warps};
-  }
-  if (rows * kQuarters / 2 <= kWarpsAtOnce) return {Cut::kHalves, 1};
-  return {rows <= kWarpsAtOnce ? Cut::kRows : Cut::kManyRows, 1};
+  int groups = BlockGroups(Cut::kQuarters);
+  while (groups > 1 && rows_of_sms * kQuarters * groups > kGroupsAtOnce) groups /= 2;
+  if (groups > 1 || rows * kQuarters <= kGroupsAtOnce) return {Cut::kQuarters, groups};
+  return {rows * kQuarters / 2 <= kGroupsAtOnce ? Cut::kHalves : Cut::kManyHalves, 1};
 }
 
 template <typename T>
@@ -308,14 +326,10 @@ auto KernelOf(Cut cut) {
       return CombineKernel<T, Cut::kFewQuarters>;
     case Cut::kQuarters:
       return CombineKernel<T, Cut::kQuarters>;
-    case Cut::kLongQuarters:
-      return CombineKernel<T, Cut::kLongQuarters>;
     case Cut::kHalves:
       return CombineKernel<T, Cut::kHalves>;
-    case Cut::kRows:
-      return CombineKernel<T, Cut::kRows>;
     default:
-      return CombineKernel<T, Cut::kManyRows>;
+      return CombineKernel<T, Cut::kManyHalves>;
   }
 }
 
@@ -328,13 +342,14 @@ ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   if (bounds == 0) return ffi::Error::Success();  // no request has so many splits
   const bool by_request = params.batch <= bounds;
   const int64_t candidates = by_request ? params.batch : bounds;
-  const auto [cut, most_warps] = PlanLaunch(params, candidates * params.num_kv_heads * params.rows);
-  const int64_t warps = int64_t{params.rows} * kQuarters / PieceQuarters(cut) * most_warps;
-  const int64_t units = CeilDiv<int64_t>(warps, BlockWarps(cut));
+  const auto [cut, most_groups] =
+      PlanLaunch(params, candidates * params.num_kv_heads * params.rows);
+  const int64_t groups = int64_t{params.rows} * kQuarters / PieceQuarters(cut) * most_groups;
+  const int64_t units = CeilDiv<int64_t>(groups, BlockGroups(cut));
   const int64_t blocks = candidates * params.num_kv_heads * units;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
-  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = BlockWarps(cut) * kWarpSize},
-                          KernelOf<T>(cut), params, static_cast<int>(units), most_warps,
+  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = BlockThreads(cut)},
+                          KernelOf<T>(cut), params, static_cast<int>(units), most_groups,
                           by_request);
 }
 
