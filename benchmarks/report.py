@@ -28,7 +28,7 @@ PEER_TOLERANCE = 0.15
 
 INTRO = """# Performance on an {card}
 
-Drawn by `python benchmarks/report.py` from `benchmarks/results/{file}`:
+Drawn by `python benchmarks/report.py --results benchmarks/results/{file}`:
 {device}, commit `{commit}`.
 
 One call of `flash_mla_with_kvcache` with `implementation="cuda"`, in a jitted function of 8 to 64

@@ -782,6 +782,35 @@ def test_the_readme_quotes_the_results():
             assert cell.strip() == f"{row['us']:.1f} ({share}, {row['ratio']:.2f}x)"
 
 
+def test_the_readme_quotes_the_means(report):
+    """Of both cards; the least is that of any case."""
+    text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
+    quoted = re.search(
+        r"geometric mean is (\S+), its least (\S+); on an H100, at commit `(\w+)`, (\S+) and (\S+)",
+        text,
+    ).groups()
+    h200, h100 = (
+        json.loads((BENCHMARKS / f"results/{name}.json").read_text()) for name in ("h200", "h100")
+    )
+    ratios = [[row["ratio"] for row in results["rows"]] for results in (h200, h100)]
+    means = [f"{found(r):.2f}" for r in ratios for found in (report.geometric_mean, min)]
+    assert quoted == (means[0], means[1], h100["commit"], means[2], means[3])
+
+
+@pytest.mark.parametrize("card", ["h200", "h100"])
+def test_the_pages_are_of_their_results(card, report):
+    """docs/performance.md and docs/performance_h100.md are what report.py makes of the files."""
+    tail = "" if card == "h200" else f"_{card}"
+    results, model = (
+        json.loads((BENCHMARKS / f"results/{card}{kind}.json").read_text())
+        for kind in ("", "_model")
+    )
+    text = report.page_text(
+        results, f"{card}.json", f"performance{tail}.svg", f"growth{tail}.svg", model
+    )
+    assert (BENCHMARKS.parent / f"docs/performance{tail}.md").read_text() == text
+
+
 def test_the_readme_quotes_the_model():
     results = json.loads((BENCHMARKS / "results/h200_model.json").read_text())
     text = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
@@ -793,10 +822,13 @@ def test_the_readme_quotes_the_model():
     batch, context = map(int, quoted.groups()[:2])
     (row,) = (r for r in results["rows"] if (r["batch"], r["context"]) == (batch, context))
     assert quoted.groups()[2:] == (f"{row['cuda_ms']:.1f}", f"{row['xla_ms']:.1f}")
+    results = json.loads((BENCHMARKS / "results/h100_model.json").read_text())
+    (row,) = (r for r in results["rows"] if (r["batch"], r["context"]) == (batch, context))
+    assert f"on an H100 [{row['cuda_ms']:.1f} and {row['xla_ms']:.1f} ms]" in text
 
 
 def test_the_docs_quote_the_results_on_two_gpus():
-    results = json.loads((BENCHMARKS / "results/h200_x2.json").read_text())
+    results = json.loads((BENCHMARKS / "results/h100_x2.json").read_text())
     text = (BENCHMARKS.parent / "docs/parallelism.md").read_text()
     assert f"commit `{results['commit']}`" in text
     lines = re.findall(r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \|(.*)\|$", text, re.MULTILINE)
