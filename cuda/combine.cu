@@ -8,8 +8,8 @@
 // Schedule: a block looks at one request, or, where that is less, at one of every kJoinedSplits
 // bounds between parts: a request of that many splits and more contains one of them. Blocks that
 // find nothing to do leave at once. A group of 16 lanes makes a half or a quarter of a row,
-// whatever lets all blocks run at once, with all splits in flight; several groups share the splits
-// where there are blocks to spare.
+// whatever lets all blocks run at once, mostly with all splits in flight; several groups share the
+// splits where there are blocks to spare.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kLaneElements = 8;  // a lane loads 16 bytes
 constexpr int kGroupLanes = kQuarterColumns / kLaneElements;
+static_assert(2 * kGroupLanes == sm90::kWarpSize);
 
 // How rows are cut into pieces, of which a group of lanes, or several, make one.
 enum class Cut {
@@ -47,7 +48,7 @@ constexpr int BlocksPerSm(Cut cut) {
 }
 // Whether several groups may share the splits of a piece.
 constexpr bool IsShared(Cut cut) { return PieceQuarters(cut) == 1; }
-// From so many splits of a request on, and if it has few rows, kFewQuarters is faster.
+// From so many splits a request on average on, and if these have few rows, kFewQuarters is faster.
 constexpr int kFewQuartersSplits = 73;
 constexpr int kGroupsAtOnce = kSms * BlocksPerSm(Cut::kQuarters) * BlockGroups(Cut::kQuarters);
 
@@ -107,7 +108,8 @@ __device__ __forceinline__ void AddPacked(float (&sum)[kLaneElements], float wei
 }
 
 // The sum of splits first, first + step, ... from `element` of a row on. kAtOnce of them are in
-// flight, which changes no bits. A split that saw no key counts for nothing.
+// flight, which changes no bits. A split that saw no key counts for nothing. The weights add up to
+// as much as there are splits, so elements that near to float32's largest overflow, as in decode.
 template <int kCount, int kAtOnce>
 __device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& params,
                                                         const SplitRequest& request, int kv_head,
@@ -259,7 +261,8 @@ __device__ __forceinline__ void CombinePiece(const CombineParams& params,
   }
 }
 
-// Groups for a piece: as many as there are blocks for, with at least 4 splits each.
+// Groups for a piece: as many as there are blocks for, with at least 4 splits each; where rows are
+// few, all of a block.
 template <Cut kCut>
 __device__ __forceinline__ int GroupsFor(int splits, int most) {
   if constexpr (!IsShared(kCut)) return 1;
