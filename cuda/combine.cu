@@ -114,9 +114,6 @@ template <int kCount, int kAtOnce>
 __device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& params,
                                                         const SplitRequest& request, int kv_head,
                                                         int row, int first, int step, int element) {
-  const auto lse_of = [&](int split) {
-    return params.partial.lse[PartialRow(params, request.Slot(split), kv_head, row)];
-  };
   WeighedSum<kCount> sum = {};
   int begin = first;
   do {
@@ -127,9 +124,9 @@ __device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& par
       const int split = begin + i * step;
       lse[i] = -INFINITY;
       if (split >= request.splits) continue;
-      lse[i] = lse_of(split);
-      const __half* o = params.partial.o +
-                        PartialRow(params, request.Slot(split), kv_head, row) * kHeadDimV + element;
+      const int64_t partial_row = PartialRow(params, request.Slot(split), kv_head, row);
+      lse[i] = params.partial.lse[partial_row];
+      const __half* o = params.partial.o + partial_row * kHeadDimV + element;
       const float* scales =
           params.partial.scale +
           PartialQuarter(params, request.Slot(split), kv_head, row, element / kQuarterColumns);
@@ -144,7 +141,8 @@ __device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& par
 #pragma unroll
       for (int i = 1; i < kAtOnce; ++i) sum.largest = fmaxf(sum.largest, lse[i]);
       for (int split = first + kAtOnce * step; split < request.splits; split += step) {
-        sum.largest = fmaxf(sum.largest, lse_of(split));
+        const int64_t partial_row = PartialRow(params, request.Slot(split), kv_head, row);
+        sum.largest = fmaxf(sum.largest, params.partial.lse[partial_row]);
       }
     }
 #pragma unroll
