@@ -25,14 +25,14 @@ H100 = Card("NVIDIA H100 80GB HBM3", "H100", 780e12, 3.15e12)
 def card_of(device):
     """The card that `device`, a kind or a text that begins with one and a comma, is about.
 
-    Of one that is not known, floors are those of an H200.
+    One that is not known has the floors of an H200.
     """
     kind = device.split(",")[0]
-    return next((card for card in (H200, H100) if card.kind == kind), H200)
+    unknown = dataclasses.replace(H200, kind=kind, name=kind)
+    return next((card for card in (H200, H100) if card.kind == kind), unknown)
 
 
 def results_path(kind, suffix=""):
     """Where the results of a kind of device go: results/h200.json for an H200."""
-    card = card_of(kind)
-    name = card.name if card.kind == kind else re.sub(r"\W+", "_", kind)
-    return FOLDER / f"{name.lower()}{suffix}.json"
+    name = re.sub(r"\W+", "_", card_of(kind).name.lower())
+    return FOLDER / f"{name}{suffix}.json"
