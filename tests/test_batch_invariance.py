@@ -70,6 +70,7 @@ CALLS = [
     Call(16, 1, 4096, 4096),  # one split
     Call(16, 1, 512, 1024),  # two, and sequences that are longer than they hold
     Call(16, 1, 64, 640),
+    Call(128, 1, 64, 640),  # more splits than a group of lanes has in flight
     Call(128, 1, 64, 2048),
     Call(16, 1, 64, 3072),
     Call(16, 1, 64, 8192),
