@@ -83,6 +83,29 @@ __device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int par
          part <= found->first_part + kJoinedSplits;
 }
 
+// The same where no schedule is given: the block makes it, and looks for `request`, or, where that
+// is negative, for the request that part `part` stands for.
+template <int kThreads>
+__device__ __forceinline__ bool FindInMade(const ScheduleInput& input, int request, int part,
+                                           SplitRequest* found) {
+  using BlockScheduler = Scheduler<kThreads, /*kPastL1=*/true>;
+  __shared__ int warp_sums[BlockScheduler::kWarps];
+  __shared__ SplitRequest shared;
+  if (threadIdx.x == 0) shared.splits = 0;
+  const BlockScheduler scheduler(input, warp_sums);
+  scheduler.ForOwnRequests([&](const PlacedRequest& placed) {
+    if (request >= 0 && request != placed.request) return;
+    if (!scheduler.MayHaveMoreSplits(placed, kJoinedSplits)) return;
+    const int first_part = scheduler.FirstPart(placed), splits = scheduler.NumSplits(placed);
+    const bool is_first = part > first_part && part <= first_part + kJoinedSplits;
+    if (request < 0 && !(is_first && splits > kJoinedSplits)) return;
+    shared = {placed.request, first_part, splits};
+  });
+  __syncthreads();
+  *found = shared;
+  return found->splits > kJoinedSplits;
+}
+
 // What some of a row's splits add up to: the sums of 2^(lse_s - largest) o_s, in a lane's elements
 // of kCount quarters, and of these weights alone.
 template <int kCount>
@@ -271,20 +294,26 @@ __device__ __forceinline__ int GroupsFor(int splits, int most) {
 }
 
 // Grid: candidates * h_kv * units, unit fastest: enough units for `most_groups` groups a piece.
-template <typename T, Cut kCut>
+template <typename T, Cut kCut, bool kMakesSchedule>
 __global__ void __launch_bounds__(BlockThreads(kCut), BlocksPerSm(kCut))
     CombineKernel(const __grid_constant__ CombineParams params, int units, int most_groups,
                   bool by_request) {
   const int unit = blockIdx.x % units;
   const int kv_head = blockIdx.x / units % params.num_kv_heads;
   const int candidate = blockIdx.x / units / params.num_kv_heads;
-  // The schedule is read before the wait, past the L1: decode lets this kernel start only when it
-  // has itself waited for all that came before. Blocks without work so leave while decode still
-  // runs; one waits, so that this kernel does not end before decode.
+  // The schedule, or what it is made from, is read before the wait, past the L1: decode lets this
+  // kernel start only when it has itself waited for all that came before. Blocks without work so
+  // leave while decode still runs; one waits, so that this kernel does not end before decode.
   SplitRequest request;
-  const bool found = by_request
-                         ? FindByRequest(params.schedule, candidate, &request)
-                         : FindByPart(params.schedule, (candidate + 1) * kJoinedSplits, &request);
+  bool found;
+  const int part = (candidate + 1) * kJoinedSplits;
+  if constexpr (kMakesSchedule) {
+    found = FindInMade<BlockThreads(kCut)>(params.schedule_input, by_request ? candidate : -1, part,
+                                           &request);
+  } else {
+    found = by_request ? FindByRequest(params.schedule, candidate, &request)
+                       : FindByPart(params.schedule, part, &request);
+  }
   if (!found) {
     if (blockIdx.x == 0) sm90::WaitForPriorKernels();
     return;
@@ -320,17 +349,17 @@ LaunchPlan PlanLaunch(const CombineParams& params, int64_t rows) {
   return {rows * kQuarters / 2 <= kGroupsAtOnce ? Cut::kHalves : Cut::kManyHalves, 1};
 }
 
-template <typename T>
+template <typename T, bool kMakesSchedule>
 auto KernelOf(Cut cut) {
   switch (cut) {
     case Cut::kFewQuarters:
-      return CombineKernel<T, Cut::kFewQuarters>;
+      return CombineKernel<T, Cut::kFewQuarters, kMakesSchedule>;
     case Cut::kQuarters:
-      return CombineKernel<T, Cut::kQuarters>;
+      return CombineKernel<T, Cut::kQuarters, kMakesSchedule>;
     case Cut::kHalves:
-      return CombineKernel<T, Cut::kHalves>;
+      return CombineKernel<T, Cut::kHalves, kMakesSchedule>;
     default:
-      return CombineKernel<T, Cut::kManyHalves>;
+      return CombineKernel<T, Cut::kManyHalves, kMakesSchedule>;
   }
 }
 
@@ -349,9 +378,9 @@ ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   const int64_t units = CeilDiv<int64_t>(groups, BlockGroups(cut));
   const int64_t blocks = candidates * params.num_kv_heads * units;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
-  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = BlockThreads(cut)},
-                          KernelOf<T>(cut), params, static_cast<int>(units), most_groups,
-                          by_request);
+  const auto kernel = params.schedule.IsGiven() ? KernelOf<T, false>(cut) : KernelOf<T, true>(cut);
+  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = BlockThreads(cut)}, kernel,
+                          params, static_cast<int>(units), most_groups, by_request);
 }
 
 template ffi::Error LaunchCombine<__nv_bfloat16>(const CombineParams&, cudaStream_t);

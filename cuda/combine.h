@@ -3,6 +3,7 @@
 
 #include "ffi.h"
 #include "partial_result.cuh"
+#include "schedule.cuh"
 
 namespace jax_flashmla {
 
@@ -12,6 +13,7 @@ struct CombineParams {
   void* out;   // [b, h_kv, rows, d_v]
   float* lse;  // [b, h_q, s_q], natural
   int batch, num_kv_heads, rows, group, s_q;
+  ScheduleInput schedule_input;  // of the schedule, where none is given
 };
 
 // `T` is the type of `out`.

@@ -58,6 +58,7 @@
 #include <string>
 
 #include "combine.h"
+#include "dense_decode/bounds.cuh"
 #include "dense_decode/join.cuh"
 #include "dense_decode/load.cuh"
 #include "dense_decode/plan.cuh"
@@ -65,7 +66,6 @@
 #include "dense_decode/value.cuh"
 #include "ffi.h"
 #include "tensor_map.h"
-#include "tile_scheduler.h"
 
 namespace jax_flashmla {
 namespace {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void AwaitCluster() {
   if constexpr (kClusterSize > 1) ClusterWait();
 }
 
-template <typename T, int kClusterSize>
+template <typename T, int kClusterSize, bool kMakesSchedule>
 __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
@@ -124,13 +124,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     PrefetchTensorMap(&k_map);
   }
   WaitForPriorKernels();
-  const BlockWork work(params);
+  BlockWork work(params);
+  if constexpr (kMakesSchedule) {
+    MakeBounds(smem, params, work.part);
+  } else {
+    work.SetBounds(params.schedule.part_bounds + work.part);  // on their way while the block meets
+  }
   // The other block of a cluster is not awaited here, but by each role before it first touches it.
   if constexpr (kClusterSize > 1) {
     __syncwarp();
     ClusterArrive();
   }
   __syncthreads();
+  if constexpr (kMakesSchedule) work.SetBounds(smem.bounds + kOwnBegin);
   AllowNextKernel();  // behind the wait: combine counts on it
 
   const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ShrinkRegisters<kLoadRegisters>();
     const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
     if (warp == kPlanWarp) {
-      Planner<T>(smem, params).Run(work);
+      Planner<T, kMakesSchedule>(smem, params).Run(work);
       __syncwarp();
       AwaitCluster<kClusterSize>();
     } else if (warp == kLoadWarp) {
@@ -150,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (elected) loader.Run(work);
     } else {
       AwaitCluster<kClusterSize>();
-      if (warp == kJoinWarp) Joiner<T>(smem, params).Run(work);
+      if (warp == kJoinWarp) Joiner<T, kMakesSchedule>(smem, params).Run(work);
     }
     __syncwarp();
   } else if (warpgroup == kScoreWarpgroup) {
@@ -172,7 +178,7 @@ struct DecodeMaps {
   CUtensorMap q, k, o_partial;
 };
 
-template <typename T, int kClusterSize>
+template <typename T, int kClusterSize, bool kMakesSchedule>
 ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
   const int64_t blocks =
       int64_t{params.schedule.num_parts} * params.num_kv_heads * params.row_tiles;
@@ -182,8 +188,8 @@ ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cuda
                            .block = kThreads,
                            .shared_bytes = sizeof(SharedMemoryPlan<T>),
                            .cluster = kClusterSize},
-                          DenseDecodeKernel<T, kClusterSize>, maps.q, maps.k, maps.o_partial,
-                          params);
+                          DenseDecodeKernel<T, kClusterSize, kMakesSchedule>, maps.q, maps.k,
+                          maps.o_partial, params);
 }
 
 // Whether two blocks share pages. They must start together and wait for each other, which pays when
@@ -194,10 +200,16 @@ bool SharesPages(const DecodeParams& params) {
   return params.row_tiles % 2 == 0 && tokens * params.row_tiles > kLeastTokens;
 }
 
+template <typename T, bool kMakesSchedule>
+ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
+  return SharesPages(params) ? LaunchDecode<T, 2, kMakesSchedule>(maps, params, stream)
+                             : LaunchDecode<T, 1, kMakesSchedule>(maps, params, stream);
+}
+
 template <typename T>
 ffi::Error Launch(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
-  JAX_FLASHMLA_CHECK(SharesPages(params) ? (LaunchDecode<T, 2>(maps, params, stream))
-                                         : (LaunchDecode<T, 1>(maps, params, stream)));
+  JAX_FLASHMLA_CHECK(params.schedule.IsGiven() ? (LaunchDecode<T, false>(maps, params, stream))
+                                               : (LaunchDecode<T, true>(maps, params, stream)));
   return LaunchCombine<T>({.schedule = params.schedule,
                            .partial = params.partial,
                            .out = params.out,
@@ -206,7 +218,8 @@ ffi::Error Launch(const DecodeMaps& maps, const DecodeParams& params, cudaStream
                            .num_kv_heads = params.num_kv_heads,
                            .rows = params.rows,
                            .group = params.group,
-                           .s_q = params.s_q},
+                           .s_q = params.s_q,
+                           .schedule_input = params.schedule_input},
                           stream);
 }
 
@@ -226,11 +239,9 @@ Flag NextFlagValue() {
 
 // The blocks that load keys where parts are aligned to the requests; otherwise a few more do. Each
 // part has `blocks`.
-int32_t LoadingBlocks(int64_t batch, int64_t num_parts, int64_t blocks) {
-  if (num_parts * blocks > kSms) return 0;
-  const int64_t parts =
-      CeilDiv(batch, AlignedRequests(batch, num_parts)) * AlignedSplits(batch, num_parts);
-  return static_cast<int32_t>(parts * blocks);
+int32_t LoadingBlocks(const ScheduleInput& input, int64_t blocks) {
+  if (input.num_parts.value * blocks > kSms) return 0;
+  return static_cast<int32_t>(input.aligned_runs * input.aligned_splits.value * blocks);
 }
 
 // Tensor maps of q [b, h_kv, rows, d_k], k_cache [num_blocks, page_block_size, h_kv, d_k] and
@@ -286,28 +297,47 @@ ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
                        "an axis of q or k_cache is too long: " + std::to_string(largest));
 }
 
-// With `make_schedule` the three buffers of the schedule are scratch, in which it is made first.
+struct GivenSchedule {
+  I32<2> part_bounds;
+  I32<1> first_part, num_splits;
+};
+
+// The schedule of `num_parts` parts that a call is given, null where it is given none.
+ffi::Error ReadSchedule(std::optional<GivenSchedule> given, int64_t batch, int64_t num_parts,
+                        TileSchedule* schedule) {
+  JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, kOp, "there must be an SM part"));
+  *schedule = {.num_parts = static_cast<int32_t>(num_parts)};
+  if (!given) return ffi::Error::Success();
+  JAX_FLASHMLA_CHECK(
+      CheckShape(kOp, "part_bounds", given->part_bounds.dimensions(), {num_parts + 1, 2}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", given->first_part.dimensions(), {batch}));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", given->num_splits.dimensions(), {batch + 1}));
+  schedule->part_bounds = reinterpret_cast<const PartBound*>(given->part_bounds.typed_data());
+  schedule->first_part = given->first_part.typed_data();
+  schedule->num_splits = given->num_splits.typed_data();
+  return ffi::Error::Success();
+}
+
 ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
-                  I32<2> block_table, I32<1> cache_seqlens, bool make_schedule, I32<2> part_bounds,
-                  I32<1> first_part, I32<1> num_splits, std::optional<I32<1>> causal_offset,
-                  ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
-                  ffi::Result<ffi::AnyBuffer> o_partial, F32Result<4> scale_partial,
-                  F32Result<3> lse_partial, I32Result<4> flags, float softmax_scale, bool causal) {
+                  I32<2> block_table, I32<1> cache_seqlens, std::optional<GivenSchedule> given,
+                  std::optional<I32<1>> causal_offset, ffi::Result<ffi::AnyBuffer> out,
+                  F32Result<3> lse, ffi::Result<ffi::AnyBuffer> o_partial,
+                  F32Result<4> scale_partial, F32Result<3> lse_partial, I32Result<4> flags,
+                  float softmax_scale, bool causal) {
   JAX_FLASHMLA_CHECK(CheckOperands(q, k_cache));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   const int64_t batch = q_dims[0], kv_heads = q_dims[1], rows = q_dims[2];
   if (batch == 0) return ffi::Error::Success();
   JAX_FLASHMLA_CHECK(CheckDevice(kOp, device));
-  const int64_t num_parts = part_bounds.dimensions()[0] - 1;
+  const int64_t num_parts = flags->dimensions()[0];
   const int64_t max_blocks = block_table.dimensions()[1], s_q = lse->dimensions()[2];
-  JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, kOp, "there must be an SM part"));
+  TileSchedule schedule;
+  JAX_FLASHMLA_CHECK(ReadSchedule(given, batch, num_parts, &schedule));
+  if (!given) JAX_FLASHMLA_CHECK(CheckScheduleInput(kOp, batch, kv_heads * rows));
   JAX_FLASHMLA_CHECK(
       CheckArgument(s_q >= 1 && rows % s_q == 0, kOp, "the rows of q must be a multiple of s_q"));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "block_table", block_table.dimensions(), {batch, max_blocks}));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "cache_seqlens", cache_seqlens.dimensions(), {batch}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "part_bounds", part_bounds.dimensions(), {num_parts + 1, 2}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", first_part.dimensions(), {batch}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", num_splits.dimensions(), {batch + 1}));
   if (causal_offset) {
     JAX_FLASHMLA_CHECK(CheckShape(kOp, "causal_offset", causal_offset->dimensions(), {batch}));
   }
@@ -329,14 +359,12 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
 
   DecodeMaps maps;
   JAX_FLASHMLA_CHECK(EncodeMaps(q, k_cache, *o_partial, &maps));
+  const ScheduleInput schedule_input(cache_seqlens.typed_data(), batch, num_parts, kv_heads * rows);
   const DecodeParams params = {
       .block_table = block_table.typed_data(),
       .cache_seqlens = cache_seqlens.typed_data(),
       .causal_offset = causal_offset ? causal_offset->typed_data() : nullptr,
-      .schedule = {.part_bounds = reinterpret_cast<const PartBound*>(part_bounds.typed_data()),
-                   .first_part = first_part.typed_data(),
-                   .num_splits = num_splits.typed_data(),
-                   .num_parts = static_cast<int32_t>(num_parts)},
+      .schedule = schedule,
       .out = out->untyped_data(),
       .lse = lse->typed_data(),
       .partial = {.o = static_cast<__half*>(o_partial->untyped_data()),
@@ -346,7 +374,7 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
       .flag_value = NextFlagValue(),
       // No flag of the first part is used, as it begins with no second split.
       .progress = reinterpret_cast<uint32_t*>(flags->typed_data()),
-      .loading_blocks = LoadingBlocks(batch, num_parts, kv_heads * row_tiles),
+      .loading_blocks = LoadingBlocks(schedule_input, kv_heads * row_tiles),
       .batch = static_cast<int32_t>(batch),
       .num_kv_heads = static_cast<int32_t>(kv_heads),
       .rows = static_cast<int32_t>(rows),
@@ -358,13 +386,8 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
       .page_shift = std::countr_zero(static_cast<uint64_t>(k_dims[1])),
       .scale_log2 = softmax_scale * kLog2e,
       .causal = causal,
+      .schedule_input = schedule_input,
   };
-  // From the same handler as decode, whose launch and prologue overlap with it so: between the
-  // calls of two handlers a CUDA graph of XLA's has a full dependency.
-  if (make_schedule) {
-    JAX_FLASHMLA_CHECK(LaunchTileScheduler(stream, cache_seqlens, part_bounds, first_part,
-                                           num_splits, kv_heads * rows));
-  }
   return q.element_type() == ffi::DataType::BF16 ? Launch<__nv_bfloat16>(maps, params, stream)
                                                  : Launch<__half>(maps, params, stream);
 }
@@ -376,9 +399,9 @@ ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q
                            F32Result<3> lse, ffi::Result<ffi::AnyBuffer> o_partial,
                            F32Result<4> scale_partial, F32Result<3> lse_partial, I32Result<4> flags,
                            float softmax_scale, bool causal) {
-  return Decode(stream, device, q, k_cache, block_table, cache_seqlens, /*make_schedule=*/false,
-                part_bounds, first_part, num_splits, causal_offset, out, lse, o_partial,
-                scale_partial, lse_partial, flags, softmax_scale, causal);
+  return Decode(stream, device, q, k_cache, block_table, cache_seqlens,
+                GivenSchedule{part_bounds, first_part, num_splits}, causal_offset, out, lse,
+                o_partial, scale_partial, lse_partial, flags, softmax_scale, causal);
 }
 
 ffi::Error ScheduleAndDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
@@ -386,12 +409,10 @@ ffi::Error ScheduleAndDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBu
                                  std::optional<I32<1>> causal_offset,
                                  ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
                                  ffi::Result<ffi::AnyBuffer> o_partial, F32Result<4> scale_partial,
-                                 F32Result<3> lse_partial, I32Result<4> flags,
-                                 I32Result<2> part_bounds, I32Result<1> first_part,
-                                 I32Result<1> num_splits, float softmax_scale, bool causal) {
-  return Decode(stream, device, q, k_cache, block_table, cache_seqlens, /*make_schedule=*/true,
-                *part_bounds, *first_part, *num_splits, causal_offset, out, lse, o_partial,
-                scale_partial, lse_partial, flags, softmax_scale, causal);
+                                 F32Result<3> lse_partial, I32Result<4> flags, float softmax_scale,
+                                 bool causal) {
+  return Decode(stream, device, q, k_cache, block_table, cache_seqlens, std::nullopt, causal_offset,
+                out, lse, o_partial, scale_partial, lse_partial, flags, softmax_scale, causal);
 }
 
 }  // namespace
@@ -433,9 +454,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ScheduleAndDecode, ScheduleAndDecodeImpl,
                                   .Ret<F32<4>>()
                                   .Ret<F32<3>>()
                                   .Ret<I32<4>>()
-                                  .Ret<I32<2>>()
-                                  .Ret<I32<1>>()
-                                  .Ret<I32<1>>()
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal"),
                               {ffi::Traits::kCmdBufferCompatible});

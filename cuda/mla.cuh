@@ -14,7 +14,6 @@
 // splits.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 namespace jax_flashmla {
@@ -36,11 +35,14 @@ struct PartBound {
 // What every kernel may count on for speed, never for results: the SMs of an H100 or H200.
 constexpr int kSms = 132;
 
+// All null where none is given: each block then makes it from the lengths (schedule.cuh).
 struct TileSchedule {
   const PartBound* part_bounds;  // [num_parts + 1]
   const int32_t* first_part;     // [batch]
   const int32_t* num_splits;     // [batch + 1], running sum
   int32_t num_parts;
+
+  bool IsGiven() const { return part_bounds != nullptr; }
 };
 
 // Where row `row` of a KV head stands in softmax_lse [b, h_q, s_q].
@@ -56,16 +58,6 @@ __device__ __forceinline__ int64_t LseOffset(const Params& params, int request, 
 template <typename Int>
 __host__ __device__ constexpr Int CeilDiv(Int a, Int b) {
   return (a + b - 1) / b;
-}
-
-// Aligned parts hold so many whole requests each, or are so many a request; the other one is 1.
-template <typename Int>
-__host__ __device__ constexpr Int AlignedRequests(Int batch, Int num_parts) {
-  return CeilDiv(batch, num_parts);
-}
-template <typename Int>
-__host__ __device__ constexpr Int AlignedSplits(Int batch, Int num_parts) {
-  return std::max(num_parts / batch, Int{1});
 }
 
 }  // namespace jax_flashmla

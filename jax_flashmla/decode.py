@@ -243,10 +243,7 @@ def _kernel(
         ((slots, h_kv, rows), jnp.float32),
         ((parts, h_kv, -(-rows // ROW_TILE), 2 * _FLAGS_PER_TILE), jnp.int32),
     ]
-    target = "jax_flashmla_dense_decode"
-    if not schedule:
-        target = "jax_flashmla_schedule_and_decode"
-        types += get_mla_metadata_op.result_types(cache_seqlens, num_parts=parts)
+    target = "jax_flashmla_dense_decode" if schedule else "jax_flashmla_schedule_and_decode"
     call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(*type_) for type_ in types])
     # The kernel wants the rows that share a KV head side by side, ordered (s, g).
     if h_kv > 1 and s_q > 1:

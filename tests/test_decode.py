@@ -145,6 +145,7 @@ def test_any_number_of_parts(num_sms, implementation):
         Case(5, 2, 1500, 128, varlen=True, causal=True),
         Case(150, 1, 130, 8, varlen=True),
         Case(8, 2, 700, 8, 2, causal=True, zeros=True),
+        Case(1100, 1, 40, 8, varlen=True),
     ],
     ids=str,
 )
@@ -168,6 +169,30 @@ def test_without_metadata_as_with_it(case):
     for transform in (jax.lax.map, lambda f, turns: jax.vmap(f)(turns)):
         results = [jax.jit(functools.partial(transform, f))(turns) for f in (made, given)]
         assert_bit_equal(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("b", [2, 40, 60, 100, 600, 1500])
+def test_without_metadata_as_with_it_where_some_are_long(b, h_q):
+    """Requests of many splits among whole ones, and fewer or more requests than threads."""
+    rng = np.random.default_rng((b, h_q))
+    q = jax.random.normal(jax.random.key(b), (b, 1, h_q, D_K), jnp.bfloat16)
+    k_cache = jax.random.normal(jax.random.key(h_q), (500, 64, 1, D_K), jnp.bfloat16)
+    table = jnp.asarray(rng.integers(0, 500, (b, 1000)), jnp.int32)
+
+    def run(lengths, *metadata):
+        return fm.flash_mla_with_kvcache(
+            q, k_cache, table, lengths, D_V, *metadata, implementation="cuda"
+        )
+
+    for _ in range(5):
+        lengths = np.minimum(100 * rng.pareto(0.7, b), 20 * 64).astype(np.int32)
+        lengths[rng.integers(b)] = 64 * 1000
+        lengths = jnp.asarray(lengths)
+        metadata = fm.get_mla_metadata(lengths, h_q, 1, implementation="cuda")
+        assert np.diff(metadata[1]).max() > 2
+        assert_bit_equal(run(lengths), run(lengths, *metadata))
 
 
 # What has broken in such kernels.

@@ -33,7 +33,7 @@ from jax_flashmla import _ffi, _primitive
 @pytest.mark.parametrize("implementation", ["auto", "cuda"])
 @pytest.mark.parametrize("given", [False, True])
 def test_decode_text(given, implementation):
-    """A schedule that is not given is made by the same call, in scratch of its own."""
+    """A schedule that is not given is made by the same call, which needs no scratch for it."""
 
     def f(*args):
         options = {"causal": True, "softmax_scale": 0.25, "implementation": implementation}
@@ -67,7 +67,6 @@ def test_decode_text(given, implementation):
         f"{2 * parts}x1x4x256xf32",
         f"{2 * parts}x1x256xf32",
         f"{parts}x1x4x32xi32",
-        *([] if given else schedule),
     ]
 
 
@@ -319,7 +318,7 @@ def test_workspace_is_all_the_kernel_needs(s_q, h_q, h200):
         )
         compiled = jax.jit(lambda *a: decode(*a, implementation="cuda")).lower(*structs).compile()
         memory = compiled.memory_analysis()
-        assert scratch <= memory.temp_size_in_bytes <= scratch + 16 * b + 2**15
+        assert scratch <= memory.temp_size_in_bytes <= scratch + 2**15
         targets = re.findall(r'custom_call_target="(\w+)"', compiled.as_text())
         assert targets == [SCHEDULE_AND_DECODE]
     notes = Path(__file__).parent.parent / "docs/dense_decode.md"

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../partial_result.cuh"
+#include "../schedule.cuh"
 #include "../sm90/fragment.cuh"
 #include "../sm90/global_flag.cuh"
 
@@ -39,6 +40,16 @@ static_assert(kWritingWarps <= kFlagsPerTile);
 // Registers a thread: 2 * kValue + kScore + kLoad = 65536 / 128.
 constexpr int kValueRegisters = 160, kScoreRegisters = 160, kLoadRegisters = 32;
 static_assert(2 * kValueRegisters + kScoreRegisters + kLoadRegisters == 65536 / kWarpgroupSize);
+
+// The bounds that matter to a block: where its part begins, at kOwnBegin, where it ends and where
+// its neighbours do.
+constexpr int kOwnBounds = 4, kOwnBegin = 1;
+
+// The part that begins at the `i`th of them. Beyond the first and the last bound the same one
+// stands again.
+__device__ __forceinline__ int OwnBoundPart(int part, int i, int num_parts) {
+  return min(max(part + i - kOwnBegin, 0), num_parts);
+}
 
 // A run of key tiles of one request.
 struct Piece {
@@ -73,6 +84,8 @@ struct SharedMemoryPlan {
   SmemTile<T> q_tail[kTailChunks];
   SmemTile<T> p[kMessageSlots];
   float row_factor[kMessageSlots][kTileRows];
+  PartBound bounds[kOwnBounds];  // where the block makes the schedule
+  int warp_sums[kThreads / kWarpSize];
   Piece pieces[kPieceSlots];
   int32_t pages[kPageBatches][kWarpSize];
   Barrier v_full[kValueSlots], v_empty[kValueSlots];
@@ -112,6 +125,7 @@ struct DecodeParams {
   int32_t num_blocks, max_blocks, page_shift;  // page_block_size = 1 << page_shift
   float scale_log2;                            // softmax_scale * log2(e)
   bool causal;
+  ScheduleInput schedule_input;  // of the schedule, where none is given
 };
 
 // What one block does.
@@ -119,31 +133,23 @@ struct BlockWork {
   int part, kv_head, row_tile;
   PartBound begin, end;
 
-  __device__ __forceinline__ BlockWork(const DecodeParams& params) {
+  __device__ __forceinline__ explicit BlockWork(const DecodeParams& params) {
     row_tile = blockIdx.x % params.row_tiles;
     kv_head = blockIdx.x / params.row_tiles % params.num_kv_heads;
     // The last part first: blocks wait for those of later parts, which so have started before them,
     // as long as blocks start in the order of their indices. That they do is how the hardware
     // works.
     part = params.schedule.num_parts - 1 - blockIdx.x / params.row_tiles / params.num_kv_heads;
-    begin = params.schedule.part_bounds[part];
-    end = params.schedule.part_bounds[part + 1];
+  }
+  // From the bound with which the part begins on.
+  __device__ __forceinline__ void SetBounds(const PartBound* bounds) {
+    begin = bounds[0];
+    end = bounds[1];
   }
   __device__ __forceinline__ int NumPieces() const {
     return end.request - begin.request + (end.tile > 0 ? 1 : 0);
   }
 };
-
-// Whether part `part` begins with the second of two splits. From the bounds alone, like all that
-// decides who waits for whom: arrays that do not belong together may give wrong results, but must
-// not make a block wait forever.
-__device__ __forceinline__ bool BeginsInSecondOfTwo(const TileSchedule& schedule, int part) {
-  const PartBound bound = schedule.part_bounds[part];
-  const PartBound before = schedule.part_bounds[max(part - 1, 0)];
-  const PartBound after = schedule.part_bounds[part + 1];
-  return bound.tile > 0 && (before.request < bound.request || before.tile == 0) &&
-         after.request > bound.request;
-}
 
 // The flags of the split with which a part begins, of this block's rows.
 __device__ __forceinline__ Flag* FlagsOf(const DecodeParams& params, const BlockWork& work,

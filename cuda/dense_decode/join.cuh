@@ -1,20 +1,22 @@
 // The join warp of dense decode: awaits the other split of a request that two blocks share.
 #pragma once
 
-#include "block.cuh"
+#include "bounds.cuh"
 
 namespace jax_flashmla::dense_decode {
 
 // One warp. Where the last piece of this block is the first of two splits, it waits until the block
 // of the second one, which begins with it, has written it, and reads what score needs of it.
-template <typename T>
+template <typename T, bool kMakesSchedule>
 class Joiner {
  public:
   __device__ __forceinline__ Joiner(SharedMemoryPlan<T>& smem, const DecodeParams& params)
       : smem_(smem), params_(params) {}
 
   __device__ __forceinline__ void Run(const BlockWork& work) {
-    if (work.end.tile == 0 || !BeginsInSecondOfTwo(params_.schedule, work.part + 1)) return;
+    if (work.end.tile == 0) return;
+    constexpr int kNext = kOwnBegin + 1;
+    if (!BeginsInSecondOfTwo<kMakesSchedule>(smem_, params_, work.part, kNext)) return;
     AwaitFlags(FlagsOf(params_, work, work.part + 1));
     ReadRowFactors(work);
     Arrive(&smem_.other_written);

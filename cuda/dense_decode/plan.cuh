@@ -1,13 +1,13 @@
 // The plan warp of dense decode: pieces and page ids, ahead of all others.
 #pragma once
 
-#include "block.cuh"
+#include "bounds.cuh"
 
 namespace jax_flashmla::dense_decode {
 
-// One warp, ahead of all others: reads the schedule, the lengths and the block table, so that
+// One warp, ahead of all others: reads the lengths and the block table, so that
 // nobody else waits for global memory to know what to do.
-template <typename T>
+template <typename T, bool kMakesSchedule>
 class Planner {
  public:
   __device__ __forceinline__ Planner(SharedMemoryPlan<T>& smem, const DecodeParams& params)
@@ -53,9 +53,9 @@ class Planner {
     piece.first_tile = min(first, tiles);
     piece.num_tiles = max(last - piece.first_tile, 0);
     const bool shared = first > 0 || goes_on;
-    // The part that makes the second split, if there are two.
-    const int second = first > 0 ? work.part : work.part + 1;
-    piece.joined = shared && BeginsInSecondOfTwo(params_.schedule, second);
+    // Where the part that makes the second split begins, if there are two.
+    const int second = first > 0 ? kOwnBegin : kOwnBegin + 1;
+    piece.joined = shared && BeginsInSecondOfTwo<kMakesSchedule>(smem_, params_, work.part, second);
     const bool writes_result = !shared || (piece.joined && first == 0);
     piece.slot = writes_result ? -1 : PartialSlot(work.part, first == 0);
     return piece;
