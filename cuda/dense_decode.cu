@@ -88,7 +88,7 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
     BarrierInit(&smem.rope_empty[i], kWarpsPerWarpgroup * kClusterSize);
   }
   for (int i = 0; i < kMessageSlots; ++i) {
-    BarrierInit(&smem.message_full[i], kWarpgroupSize / 4);
+    BarrierInit(&smem.message_full[i], kWarpgroupSize);
     BarrierInit(&smem.message_empty[i], kWarpgroupSize / 4 * kValueWarpgroups);
   }
   for (int i = 0; i < kPieceSlots; ++i) {

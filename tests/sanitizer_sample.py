@@ -22,7 +22,7 @@ def run(
     room=0,
     implementation,
 ):
-    """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN.
+    """Appends a token to each sequence and decodes twice; with `bad_page` sequence 0 must be NaN.
 
     With room for more pages in the block table, two row tiles share their pages in a cluster.
     """
@@ -42,18 +42,23 @@ def run(
     new_kv = jnp.ones((b, h_kv, D_K), dtype)
     cache = fm.append_kv_cache(cache, new_kv, slots, implementation=implementation)
     q = jnp.asarray(rng.standard_normal((b, s_q, h_q, D_K)), dtype)
-    out, _ = fm.flash_mla_with_kvcache(
-        q,
-        cache,
-        block_table,
-        cache_seqlens,
-        D_V,
-        causal=s_q > 1,
-        causal_offset=None if offsets is None else jnp.asarray(offsets, jnp.int32),
-        implementation=implementation,
+    metadata = fm.get_mla_metadata(
+        cache_seqlens, s_q * h_q // h_kv, h_kv, implementation=implementation
     )
-    finite = np.isfinite(np.asarray(out.astype(jnp.float32))).all(axis=(1, 2, 3))
-    np.testing.assert_array_equal(finite, [not bad_page] + [True] * (b - 1))
+    for schedule in ((), metadata):  # made by the call, and given
+        out, _ = fm.flash_mla_with_kvcache(
+            q,
+            cache,
+            block_table,
+            cache_seqlens,
+            D_V,
+            *schedule,
+            causal=s_q > 1,
+            causal_offset=None if offsets is None else jnp.asarray(offsets, jnp.int32),
+            implementation=implementation,
+        )
+        finite = np.isfinite(np.asarray(out.astype(jnp.float32))).all(axis=(1, 2, 3))
+        np.testing.assert_array_equal(finite, [not bad_page] + [True] * (b - 1))
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ class Scorer {
     }
   }
 
-  // Tells value that the last P is there, if that has not been done. Each lane that wrote factors
-  // arrives, for P with the rest of its warp behind a __syncwarp.
+  // Tells value that the last P is there, if that has not been done. Each lane arrives: all have
+  // written P, and read what came before the keys in their slots, which value may clear next.
   __device__ __forceinline__ void Announce() {
-    if (announce_ && IsFirstOfQuad()) Arrive(&smem_.message_full[message_.Slot() ^ 1]);
+    if (announce_) Arrive(&smem_.message_full[message_.Slot() ^ 1]);
     announce_ = false;
   }
 
