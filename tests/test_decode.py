@@ -12,7 +12,7 @@ import pytest
 from cases import D_K, D_V, UNUSED_ENTRY, Case
 
 import jax_flashmla as fm
-from jax_flashmla import reference
+from jax_flashmla import reference, schedule
 
 
 def decode(inputs, implementation, *, metadata=(None, None), **options):
@@ -195,6 +195,20 @@ def test_without_metadata_as_with_it_where_some_are_long(b, h_q):
         assert_bit_equal(run(lengths), run(lengths, *metadata))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_sms", [1, 2, 5, 14, 66, 500])
+@pytest.mark.parametrize(
+    "case", [Case(3, 2, 1500, 128, varlen=True), Case(150, 1, 300, 8, varlen=True)], ids=str
+)
+def test_without_metadata_as_with_it_on_any_number_of_sms(case, num_sms, monkeypatch):
+    """As on a part of a GPU."""
+    monkeypatch.setattr(schedule, "_local_num_sms", lambda: num_sms)
+    inputs = cases.make_inputs(case)
+    metadata = metadata_for(inputs.cache_seqlens, inputs, "cuda")
+    assert metadata[0].num_parts == max(1, num_sms // (4 if case.h_q == 128 else 1))
+    assert_bit_equal(decode(inputs, "cuda"), decode(inputs, "cuda", metadata=metadata))
+
+
 # What has broken in such kernels.
 
 
@@ -283,6 +297,41 @@ def test_many_sequences(b, implementation):
     out, lse = cases.expected_decode(few)
     expected = np.tile(out, (often, 1, 1, 1))[:b], np.tile(lse, (often, 1, 1))[:b]
     cases.assert_decode_close(decode(inputs, implementation), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("h_q", [16, 64, 128, 256])
+@pytest.mark.parametrize("longest", [64, 200])
+def test_many_short_sequences_again_and_again(longest, h_q):
+    """Each block changes its queries often; in clusters the other block's keys follow them."""
+    rng = np.random.default_rng((longest, h_q))
+    b, calls = 840, 300
+    q = jax.random.normal(jax.random.key(longest), (b, 1, h_q, D_K), jnp.bfloat16)
+    k_cache = jax.random.normal(jax.random.key(h_q), (400, 64, 1, D_K), jnp.bfloat16)
+    table = jnp.asarray(rng.integers(0, 400, (b, 8)), jnp.int32)
+    lengths = jnp.asarray(rng.integers(1, longest + 1, b), jnp.int32)
+
+    def run(lengths, implementation="cuda"):
+        return fm.flash_mla_with_kvcache(
+            q, k_cache, table, lengths, D_V, implementation=implementation
+        )
+
+    @jax.jit
+    def count_wrong(lengths, expected):
+        def body(carry, _):
+            lengths, wrong = carry
+            differs = [(a != e).any() for a, e in zip(run(lengths), expected, strict=True)]
+            carry = jax.lax.optimization_barrier((lengths, wrong + (differs[0] | differs[1])))
+            return carry, None
+
+        return jax.lax.scan(body, (lengths, jnp.int32(0)), length=calls)[0][1]
+
+    results = [run(lengths) for _ in range(3)]
+    plain = run(lengths, "xla")
+    cases.assert_decode_close(results[0], tuple(np.asarray(x, np.float64) for x in plain))
+    assert_bit_equal(results[1], results[0])
+    assert_bit_equal(results[2], results[0])
+    assert count_wrong(lengths, results[0]) == 0
 
 
 @pytest.mark.gpu

@@ -76,8 +76,14 @@ class Scorer {
 #pragma unroll
         for (int k = 0; k < 4; ++k) LoadFragmentA(q_[first + c][k], smem_.v[v_.Slot()][c], k);
       }
-      Release<kClusterSize>(&smem_.v_empty[v_.Slot()]);
       v_.Advance();
+    }
+    // The loads have only been issued: without a fence the news that the slots are free may reach
+    // the other block, and its keys these slots, before a load that waits its turn.
+    FenceAsyncProxy();
+#pragma unroll
+    for (int i = kQuerySlots; i > 0; --i) {
+      Release<kClusterSize>(&smem_.v_empty[v_.Before(i).Slot()]);
     }
   }
 
