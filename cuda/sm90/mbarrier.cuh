@@ -28,8 +28,8 @@ __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders this thread's ordinary shared-memory writes before later reads by the tensor cores and
-// the copy engine (the "async proxy").
+// Orders this thread's ordinary accesses to shared memory before later ones by the tensor cores and
+// the copy engine (the "async proxy"): writes that they read, and reads of what they overwrite.
 __device__ __forceinline__ void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
