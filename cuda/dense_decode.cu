@@ -179,7 +179,7 @@ struct DecodeMaps {
 };
 
 template <typename T, int kClusterSize, bool kMakesSchedule>
-ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
+ffi::Error LaunchKernel(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
   const int64_t blocks =
       int64_t{params.schedule.num_parts} * params.num_kv_heads * params.row_tiles;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
@@ -202,8 +202,8 @@ bool SharesPages(const DecodeParams& params) {
 
 template <typename T, bool kMakesSchedule>
 ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
-  return SharesPages(params) ? LaunchDecode<T, 2, kMakesSchedule>(maps, params, stream)
-                             : LaunchDecode<T, 1, kMakesSchedule>(maps, params, stream);
+  return SharesPages(params) ? LaunchKernel<T, 2, kMakesSchedule>(maps, params, stream)
+                             : LaunchKernel<T, 1, kMakesSchedule>(maps, params, stream);
 }
 
 template <typename T>

@@ -65,12 +65,13 @@ struct ScheduleInput {
 
 // Success if a schedule can be made for this batch and these query rows, else an error.
 inline ffi::Error CheckScheduleInput(const char* op, int64_t batch, int64_t rows) {
-  constexpr int64_t kMaxBatch = 1 << 24;
-  JAX_FLASHMLA_CHECK(
-      CheckArgument(batch >= 1 && batch <= kMaxBatch, op,
-                    "the batch must be from 1 to 2^24, got " + std::to_string(batch)));
-  return CheckArgument(rows >= 1 && rows <= std::numeric_limits<int32_t>::max() / 2, op,
-                       "too many query rows: " + std::to_string(rows));
+  constexpr int64_t kMaxBatch = 1 << 24, kMaxRows = std::numeric_limits<int32_t>::max() / 2;
+  JAX_FLASHMLA_CHECK(CheckArgument(batch >= 1 && batch <= kMaxBatch, op,
+                                   "the batch must be from 1 to " + std::to_string(kMaxBatch) +
+                                       ", got " + std::to_string(batch)));
+  return CheckArgument(rows >= 1 && rows <= kMaxRows, op,
+                       "the query rows of a request must be from 1 to " + std::to_string(kMaxRows) +
+                           ", got " + std::to_string(rows));
 }
 
 // A request on the line.
