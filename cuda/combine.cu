@@ -93,14 +93,16 @@ __device__ __forceinline__ bool FindInMade(const ScheduleInput& input, int reque
   __shared__ SplitRequest shared;
   if (threadIdx.x == 0) shared.splits = 0;
   const BlockScheduler scheduler(input, warp_sums);
-  scheduler.ForOwnRequests([&](const PlacedRequest& placed) {
-    if (request >= 0 && request != placed.request) return;
-    if (!scheduler.MayHaveMoreSplits(placed, kJoinedSplits)) return;
-    const int first_part = scheduler.FirstPart(placed), splits = scheduler.NumSplits(placed);
-    const bool is_first = part > first_part && part <= first_part + kJoinedSplits;
-    if (request < 0 && !(is_first && splits > kJoinedSplits)) return;
-    shared = {placed.request, first_part, splits};
-  });
+  if (scheduler.OwnMayHaveMoreSplits(kJoinedSplits)) {
+    scheduler.ForOwnRequests([&](const PlacedRequest& placed) {
+      if (request >= 0 && request != placed.request) return;
+      if (!scheduler.MayHaveMoreSplits(placed.tiles, kJoinedSplits)) return;
+      const int first_part = scheduler.FirstPart(placed), splits = scheduler.NumSplits(placed);
+      const bool is_first = part > first_part && part <= first_part + kJoinedSplits;
+      if (request < 0 && !(is_first && splits > kJoinedSplits)) return;
+      shared = {placed.request, first_part, splits};
+    });
+  }
   __syncthreads();
   *found = shared;
   return found->splits > kJoinedSplits;

@@ -4,9 +4,10 @@
 // part is a stretch of `payload` of it. Every request then knows by division where it begins and
 // ends, and which parts begin inside it.
 //
-// Each thread has a run of requests, as many as make whole aligned parts. It reads their lengths
-// once for the sum of their costs and the largest aligned part; a scan over the threads then gives
-// the total and so the payload, and tells each thread where its run begins.
+// Each thread has a run of requests: as many as make whole aligned parts or, where there are
+// threads to spare, a share of one such part. It reads their lengths once for the sum of their
+// costs and the largest aligned part; a scan over the threads then gives the total and so the
+// payload, and tells each thread where its run begins.
 #pragma once
 
 #include <algorithm>
@@ -88,20 +89,19 @@ template <int kThreads, bool kPastL1 = false>
 class Scheduler {
  public:
   static constexpr int kWarps = kThreads / sm90::kWarpSize;
-  static_assert(kWarps <= sm90::kWarpSize);
+  static_assert(kWarps <= sm90::kWarpSize && std::has_single_bit<unsigned>(kThreads));
 
   // `warp_sums`, in shared memory, is used here and by Scan() alone.
   __device__ __forceinline__ Scheduler(const ScheduleInput& input, int (&warp_sums)[kWarps])
       : input_(input), warp_sums_(warp_sums) {
-    const int run = CeilDiv(input.aligned_runs, kThreads) * input.aligned_requests.value;
-    first_ = min(static_cast<int>(threadIdx.x) * run, input.batch);
-    last_ = min(first_ + run, input.batch);
-    int largest = 0;
-    const int cost = CostOfRun(&largest);
+    const int log2_sharing = Log2Sharing();
+    SetRun(log2_sharing);
+    int largest_part = 0;
+    const int cost = CostOfRun(1 << log2_sharing, &largest_part);
     begin_ = Scan(cost, &total_) - cost;
     min_tiles_ = MinPartTiles();
     payload_ = max(input.num_parts.Ceil(total_), min_tiles_);
-    aligned_ = !__syncthreads_or(largest - payload_ > payload_ / kAlignedTolerance);
+    aligned_ = !__syncthreads_or(largest_part - payload_ > payload_ / kAlignedTolerance);
   }
 
   // The inclusive prefix sum of `value` over the threads; `total` is the sum of all.
@@ -146,11 +146,14 @@ class Scheduler {
     return placed.tiles == 0 ? 1 : CeilDiv(placed.tiles, SplitTiles(placed.tiles));
   }
 
-  // False where a request cannot have more than so many splits, of at least 2; told faster than how
-  // many it has.
-  __device__ __forceinline__ bool MayHaveMoreSplits(const PlacedRequest& placed, int splits) const {
+  // False where no request of this thread's run can have more than so many splits, of at least 2.
+  __device__ __forceinline__ bool OwnMayHaveMoreSplits(int splits) const {
+    return MayHaveMoreSplits(most_tiles_, splits);
+  }
+  // The same of a request of `tiles`; told faster than how many it has.
+  __device__ __forceinline__ bool MayHaveMoreSplits(int tiles, int splits) const {
     if (aligned_) return input_.aligned_splits.value > splits;
-    return placed.tiles > (splits - 1) * payload_;
+    return tiles > (splits - 1) * payload_;
   }
 
   // Where parts are aligned, where part p begins: whole requests, or one of the equal splits of a
@@ -204,22 +207,48 @@ class Scheduler {
     return min(static_cast<int>(CeilDiv<uint32_t>(length, kTileTokens)), input_.most_tiles);
   }
 
+  static __device__ __forceinline__ int CeilLog2(int n) { return 32 - __clz(n - 1); }
+
+  // The logarithm of how many threads, neighbours in a warp, share an aligned run.
+  __device__ __forceinline__ int Log2Sharing() const {
+    constexpr int kLog2Threads = std::bit_width<unsigned>(kThreads) - 1;
+    constexpr int kLog2Lanes = std::bit_width<unsigned>(sm90::kWarpSize) - 1;
+    const int spare = max(kLog2Threads - CeilLog2(input_.aligned_runs), 0);
+    return min(min(spare, kLog2Lanes), CeilLog2(input_.aligned_requests.value));
+  }
+
+  __device__ __forceinline__ void SetRun(int log2_sharing) {
+    const int run = CeilDiv(input_.aligned_runs, kThreads) * input_.aligned_requests.value;
+    const int sharing = 1 << log2_sharing, thread = threadIdx.x;
+    const int share = (run + sharing - 1) >> log2_sharing;
+    const int begin = (thread >> log2_sharing) * run, end = min(begin + run, input_.batch);
+    first_ = min(begin + (thread & (sharing - 1)) * share, end);
+    last_ = min(first_ + share, end);
+  }
+
   // The sum of the costs of this thread's requests, and the cost of its largest aligned part if no
   // split is made larger than it must be: min_tiles_ makes none larger than the payload, which is
   // as large.
-  __device__ __forceinline__ int CostOfRun(int* largest) const {
+  __device__ __forceinline__ int CostOfRun(int sharing, int* largest_part) {
     int sum = 0, part = 0;
+    most_tiles_ = 0;
+#pragma unroll 4
     for (int i = first_, left = input_.aligned_requests.value; i < last_; ++i) {
       const int tiles = Tiles(i);
+      most_tiles_ = max(most_tiles_, tiles);
       sum += tiles + kRequestOverhead;
       part += input_.aligned_splits.value == 1 ? tiles + kRequestOverhead
                                                : input_.aligned_splits.Ceil(tiles);
-      *largest = max(*largest, part);
+      *largest_part = max(*largest_part, part);
       if (--left == 0) {
         left = input_.aligned_requests.value;
         part = 0;
       }
     }
+    for (int step = 1; step < sharing; step *= 2) {
+      part += __shfl_xor_sync(sm90::kFullWarp, part, step);
+    }
+    *largest_part = max(*largest_part, part);
     return sum;
   }
 
@@ -234,6 +263,7 @@ class Scheduler {
   const ScheduleInput& input_;
   int (&warp_sums_)[kWarps];
   int first_, last_;  // this thread's run of requests
+  int most_tiles_;    // of one of them
   int begin_;         // where it lies on the line
   int total_, payload_, min_tiles_;
   bool aligned_;

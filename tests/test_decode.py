@@ -173,7 +173,7 @@ def test_without_metadata_as_with_it(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("h_q", [16, 128])
-@pytest.mark.parametrize("b", [2, 40, 60, 100, 600, 1500])
+@pytest.mark.parametrize("b", [2, 40, 60, 100, 600, 1500, 4096])
 def test_without_metadata_as_with_it_where_some_are_long(b, h_q):
     """Requests of many splits among whole ones, and fewer or more requests than threads."""
     rng = np.random.default_rng((b, h_q))
