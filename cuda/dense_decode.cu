@@ -114,6 +114,7 @@ template <typename T, int kClusterSize, bool kMakesSchedule>
 __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap k_short_map,
                       const __grid_constant__ CUtensorMap o_map,
                       const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
       AwaitCluster<kClusterSize>();
     } else if (warp == kLoadWarp) {
-      Loader<T, kClusterSize> loader(smem, q_map, k_map, o_map, params);
+      Loader<T, kClusterSize> loader(smem, q_map, k_map, k_short_map, o_map, params);
       const bool elected = IsElected();
       if (elected) loader.LoadFirstQueries(work);
       __syncwarp();
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The tensor maps of the operands and of the partial results.
 struct DecodeMaps {
-  CUtensorMap q, k, o_partial;
+  CUtensorMap q, k, k_short, o_partial;
 };
 
 template <typename T, int kClusterSize, bool kMakesSchedule>
@@ -189,7 +190,7 @@ ffi::Error LaunchKernel(const DecodeMaps& maps, const DecodeParams& params, cuda
                            .shared_bytes = sizeof(SharedMemoryPlan<T>),
                            .cluster = kClusterSize},
                           DenseDecodeKernel<T, kClusterSize, kMakesSchedule>, maps.q, maps.k,
-                          maps.o_partial, params);
+                          maps.k_short, maps.o_partial, params);
 }
 
 // Whether two blocks share pages. They must start together and wait for each other, which pays when
@@ -270,10 +271,14 @@ ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o
     k_shape[3] = 1;
     k_data = q.untyped_data();
   }
+  const auto encode_keys = [&](uint32_t tokens, CUtensorMap* map) {
+    return EncodeTensorMap(
+        {.data = k_data, .type = type, .shape = k_shape, .box = {kChunkColumns, 1, tokens, 1}},
+        map);
+  };
   const auto page = static_cast<uint32_t>(std::min<uint64_t>(k_shape[2], kTileTokens));
-  return EncodeTensorMap(
-      {.data = k_data, .type = type, .shape = k_shape, .box = {kChunkColumns, 1, page, 1}},
-      &maps->k);
+  JAX_FLASHMLA_CHECK(encode_keys(page, &maps->k));
+  return encode_keys(kShortBoxTokens, &maps->k_short);
 }
 
 ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {

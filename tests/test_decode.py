@@ -212,6 +212,16 @@ def test_without_metadata_as_with_it_on_any_number_of_sms(case, num_sms, monkeyp
 # What has broken in such kernels.
 
 
+@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_every_length_of_a_last_tile(h_q, page, implementation):
+    """With room in the table for two row tiles to share their pages."""
+    inputs = cases.make_inputs(
+        Case(130, 1, 0, h_q, page=page), lengths=list(range(130)), max_blocks=512 // page
+    )
+    check(inputs, implementation)
+
+
 @pytest.mark.parametrize("entry", [-1, UNUSED_ENTRY])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 70, 0], [130, 0, 1]])
 def test_empty_sequences(lengths, entry, implementation):

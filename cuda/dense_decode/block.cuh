@@ -23,8 +23,9 @@ constexpr int kTailChunks = kChunks - kRegisterChunks;
 // The slots of V columns that they pass through.
 constexpr int kQuerySlots = CeilDiv(kRegisterChunks, kQuarterChunks);
 
-constexpr int kValueSlots = 11;  // quarters of a tile's V columns
-constexpr int kRopeSlots = 1;    // it is needed last and free first
+constexpr int kShortBoxTokens = 16;  // what the last tile of a sequence is rounded up to
+constexpr int kValueSlots = 11;      // quarters of a tile's V columns
+constexpr int kRopeSlots = 1;        // it is needed last and free first
 constexpr int kMessageSlots = 2;
 constexpr int kPieceSlots = 4;
 constexpr int kPageBatches = 4;  // of one page id a lane

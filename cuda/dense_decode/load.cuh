@@ -11,9 +11,14 @@ template <typename T, int kClusterSize>
 class Loader {
  public:
   __device__ __forceinline__ Loader(SharedMemoryPlan<T>& smem, const CUtensorMap& q_map,
-                                    const CUtensorMap& k_map, const CUtensorMap& o_map,
-                                    const DecodeParams& params)
-      : smem_(smem), q_map_(q_map), k_map_(k_map), o_map_(o_map), params_(params) {
+                                    const CUtensorMap& k_map, const CUtensorMap& k_short_map,
+                                    const CUtensorMap& o_map, const DecodeParams& params)
+      : smem_(smem),
+        q_map_(q_map),
+        k_map_(k_map),
+        k_short_map_(k_short_map),
+        o_map_(o_map),
+        params_(params) {
     if constexpr (kClusterSize > 1) turn_ = ClusterRank();
   }
 
@@ -56,7 +61,12 @@ class Loader {
     OpenBatch(piece.FirstPage(params_.page_shift));
 #pragma unroll 1
     for (int t = piece.first_tile; t < end_; ++t) {
-      LoadTile(t);
+      const int tokens = piece.length - t * kTileTokens;
+      if (IsShort(tokens)) {
+        LoadTile</*kIsShort=*/true>(t, tokens);
+      } else {
+        LoadTile</*kIsShort=*/false>(t, tokens);
+      }
       // Behind the first tile: the last piece may still be using them, which holds up no key.
       if (t == piece.first_tile) LoadTailQueries(Opaque(work.row_tile) * kTileRows, piece.request);
     }
@@ -110,7 +120,10 @@ class Loader {
     }
   }
 
-  __device__ __forceinline__ void LoadTile(int tile) {
+  // `tokens` are left of the sequence from this tile on. Of a short tile no more are loaded,
+  // rounded up to kShortBoxTokens: what the slots hold instead is masked in S and cleared in V.
+  template <bool kIsShort>
+  __device__ __forceinline__ void LoadTile(int tile, int tokens) {
     const int page = PageOf(tile);
     if (page == batch_end_) {
       CloseBatch();
@@ -121,22 +134,34 @@ class Loader {
     const int row = RowInPage(tile);
     // Here the arithmetic is the limit and keys must not be late; where the memory is the limit,
     // more in flight is slower.
-    if constexpr (kClusterSize > 1) PrefetchTile(tile + 1);
+    if constexpr (kClusterSize > 1 && !kIsShort) PrefetchTile(tile + 1, tokens - kTileTokens);
+    const auto bytes = [&] {  // of a chunk; there is no register to keep it in
+      const int boxes =
+          kIsShort ? CeilDiv(Opaque(tokens), kShortBoxTokens) : kTileTokens / kShortBoxTokens;
+      return boxes * kShortBoxTokens * SmemTile<T>::kRowBytes;
+    };
+    const auto load = [&](SmemTile<T>* to, Barrier* full, int chunk) {
+      if constexpr (kIsShort) {
+        LoadShortChunk(to, full, chunk, row, tokens);
+      } else {
+        LoadChunk(to, full, chunk, ids, row);
+      }
+    };
 #pragma unroll 1
     for (int quarter = 0; quarter < 4; ++quarter) {
       Barrier* full = &smem_.v_full[v_.Slot()];
       Wait(&smem_.v_empty[v_.Slot()], v_.Parity() ^ 1);
       if constexpr (kPacesItself) Pace();
-      ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
-#pragma unroll
+      ArriveExpectBytes(full, kQuarterChunks * bytes());
+#pragma unroll(kIsShort ? 1 : kQuarterChunks)
       for (int c = 0; c < kQuarterChunks; ++c) {
-        LoadChunk(&smem_.v[v_.Slot()][c], full, quarter * kQuarterChunks + c, ids, row);
+        load(&smem_.v[v_.Slot()][c], full, quarter * kQuarterChunks + c);
       }
       v_.Advance();
     }
     Wait(&smem_.rope_empty[rope_.Slot()], rope_.Parity() ^ 1);
-    ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], SmemTile<T>::kBytes);
-    LoadChunk(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1, ids, row);
+    ArriveExpectBytes(&smem_.rope_full[rope_.Slot()], bytes());
+    load(&smem_.rope[rope_.Slot()], &smem_.rope_full[rope_.Slot()], kChunks - 1);
     rope_.Advance();
     if constexpr (kPacesItself) FollowProgress();
   }
@@ -168,9 +193,9 @@ class Loader {
 
   // This block's share of a tile, as far as the open batch of page ids reaches. Unrolled: the
   // loader's own time counts here.
-  __device__ __forceinline__ void PrefetchTile(int tile) {
+  __device__ __forceinline__ void PrefetchTile(int tile, int tokens) {
     const int page = PageOf(tile);
-    if (tile >= end_ || page >= batch_end_) return;
+    if (tile >= end_ || page >= batch_end_ || IsShort(tokens)) return;
     const int box_tokens = BoxTokens();
     const int row = RowInPage(tile);
     const int* id = PageIds(page);
@@ -185,6 +210,12 @@ class Loader {
       }
       ++id;
     }
+  }
+
+  // Whether the last tile of a sequence, which has so many tokens, is loaded in part. Pages that
+  // are smaller than a tile do that by themselves.
+  __device__ __forceinline__ bool IsShort(int tokens) const {
+    return tokens <= kTileTokens - kShortBoxTokens && BoxTokens() == kTileTokens;
   }
 
   // Where a tile begins: the page of the sequence, and the token in it.
@@ -218,29 +249,39 @@ class Loader {
   __device__ __forceinline__ void LoadChunk(SmemTile<T>* tile, Barrier* full, int chunk,
                                             const int* ids, int row) {
     if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block's turn
-    LoadBox(tile->data, full, chunk, first_id_, row);
+    LoadBox(tile->data, k_map_, full, chunk, first_id_, row);
     const int box_tokens = BoxTokens();
 #pragma unroll 1
     for (int j = box_tokens; j < kTileTokens; j += box_tokens) {
-      LoadBox(tile->data + j * kChunkColumns, full, chunk, *++ids, row);
+      LoadBox(tile->data + j * kChunkColumns, k_map_, full, chunk, *++ids, row);
     }
   }
 
-  __device__ __forceinline__ void LoadBox(T* destination, Barrier* full, int chunk, int page_id,
-                                          int row) {
+  // The first `tokens` rows of a chunk, in boxes of kShortBoxTokens.
+  __device__ __forceinline__ void LoadShortChunk(SmemTile<T>* tile, Barrier* full, int chunk,
+                                                 int row, int tokens) {
+    if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block's turn
+#pragma unroll 1
+    for (int j = 0; j < tokens; j += kShortBoxTokens) {
+      LoadBox(tile->data + j * kChunkColumns, k_short_map_, full, chunk, first_id_, row + j);
+    }
+  }
+
+  __device__ __forceinline__ void LoadBox(T* destination, const CUtensorMap& map, Barrier* full,
+                                          int chunk, int page_id, int row) {
     // Without a cluster there is no register to keep the policy in.
     const bool evict_first = kClusterSize > 1 ? evict_first_ : Opaque(evict_first_);
     const CachePolicy policy = evict_first ? kEvictFirst : kEvictNormal;
     if constexpr (kClusterSize == 1) {
-      TmaLoad4d(destination, &k_map_, full, policy, chunk * kChunkColumns, kv_head_, row, page_id);
+      TmaLoad4d(destination, &map, full, policy, chunk * kChunkColumns, kv_head_, row, page_id);
     } else {
-      TmaLoadMulticast4d(destination, &k_map_, full, policy, (1 << kClusterSize) - 1,
+      TmaLoadMulticast4d(destination, &map, full, policy, (1 << kClusterSize) - 1,
                          chunk * kChunkColumns, kv_head_, row, page_id);
     }
   }
 
   SharedMemoryPlan<T>& smem_;
-  const CUtensorMap &q_map_, &k_map_, &o_map_;
+  const CUtensorMap &q_map_, &k_map_, &k_short_map_, &o_map_;
   const DecodeParams& params_;
   bool evict_first_;  // keys from the L2
   int kv_head_;
