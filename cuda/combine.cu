@@ -75,11 +75,12 @@ __device__ __forceinline__ bool FindByRequest(const TileSchedule& schedule, int 
 }
 
 // Whether part `part`, a multiple of kJoinedSplits, is the first such part to begin inside a
-// request that decode has not joined.
-__device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int part,
+// request, one of `batch`, that decode has not joined.
+__device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int batch, int part,
                                            SplitRequest* found) {
   const int2 bound = __ldcg(reinterpret_cast<const int2*>(schedule.part_bounds + part));
-  return bound.y > 0 && FindByRequest(schedule, bound.x, found) &&
+  const bool begins_inside = bound.y > 0 && bound.x >= 0 && bound.x < batch;
+  return begins_inside && FindByRequest(schedule, bound.x, found) &&
          part <= found->first_part + kJoinedSplits;
 }
 
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(BlockThreads(kCut), BlocksPerSm(kCut))
                                            &request);
   } else {
     found = by_request ? FindByRequest(params.schedule, candidate, &request)
-                       : FindByPart(params.schedule, part, &request);
+                       : FindByPart(params.schedule, params.batch, part, &request);
   }
   if (!found) {
     if (blockIdx.x == 0) sm90::WaitForPriorKernels();

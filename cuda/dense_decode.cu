@@ -137,8 +137,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     ClusterArrive();
   }
   __syncthreads();
-  if constexpr (kMakesSchedule) work.SetBounds(smem.bounds + kOwnBegin);
   AllowNextKernel();  // behind the wait: combine counts on it
+  if constexpr (kMakesSchedule) {
+    work.SetBounds(smem.bounds + kOwnBegin);
+  } else {
+    work.KeepInside(params.batch);
+  }
 
   const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
   if (warpgroup == kLoadWarpgroup) {

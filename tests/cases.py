@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -179,3 +180,12 @@ def assert_close(name, actual, expected, *, atol, rtol, cosine=None):
         # 1 - 2 <a, e> / (<a, a> + <e, e>), in a form that does not cancel
         difference = (error**2).sum() / squares
         assert difference < cosine, f"{name}: cosine difference {difference}"
+
+
+def random_arrays(rng, schedule, most):
+    """A schedule like this one, of integers from -most to most - 1 that mean nothing."""
+
+    def draw(like):
+        return jnp.asarray(rng.integers(-most, most, like.shape), jnp.int32)
+
+    return jax.tree.map(draw, schedule)

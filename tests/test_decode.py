@@ -209,6 +209,19 @@ def test_without_metadata_as_with_it_on_any_number_of_sms(case, num_sms, monkeyp
     assert_bit_equal(decode(inputs, "cuda"), decode(inputs, "cuda", metadata=metadata))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_schedule_of_garbage(h_q):
+    """Wrong results, but nothing else is touched, and the next call is right."""
+    inputs = cases.make_inputs(Case(40, 1, 900, h_q, varlen=True), max_blocks=40)
+    metadata = metadata_for(inputs.cache_seqlens, inputs, "cuda")
+    rng = np.random.default_rng(h_q)
+    for most in (4, 43, 500, 2**31):
+        for _ in range(5):
+            decode(inputs, "cuda", metadata=cases.random_arrays(rng, metadata, most))
+    check(inputs, "cuda", metadata=metadata)
+
+
 # What has broken in such kernels.
 
 

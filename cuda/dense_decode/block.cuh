@@ -46,6 +46,13 @@ static_assert(2 * kValueRegisters + kScoreRegisters + kLoadRegisters == 65536 / 
 // its neighbours do.
 constexpr int kOwnBounds = 4, kOwnBegin = 1;
 
+// A bound as it is used: one that leads out of the batch, as no schedule of this batch does, may
+// give wrong results, but not wrong addresses.
+__device__ __forceinline__ PartBound Inside(PartBound bound, int batch) {
+  if (bound.request >= batch) return {batch, 0};
+  return {max(bound.request, 0), max(bound.tile, 0)};
+}
+
 // The part that begins at the `i`th of them. Beyond the first and the last bound the same one
 // stands again.
 __device__ __forceinline__ int OwnBoundPart(int part, int i, int num_parts) {
@@ -146,6 +153,10 @@ struct BlockWork {
   __device__ __forceinline__ void SetBounds(const PartBound* bounds) {
     begin = bounds[0];
     end = bounds[1];
+  }
+  __device__ __forceinline__ void KeepInside(int batch) {
+    begin = Inside(begin, batch);
+    end = Inside(end, batch);
   }
   __device__ __forceinline__ int NumPieces() const {
     return end.request - begin.request + (end.tile > 0 ? 1 : 0);

@@ -38,7 +38,8 @@ __device__ __forceinline__ PartBound OwnBound(const SharedMemoryPlan<T>& smem,
   if constexpr (kMakesSchedule) {
     return smem.bounds[i];
   } else {
-    return params.schedule.part_bounds[OwnBoundPart(part, i, params.schedule.num_parts)];
+    const int own_part = OwnBoundPart(part, i, params.schedule.num_parts);
+    return Inside(params.schedule.part_bounds[own_part], params.batch);
   }
 }
 
