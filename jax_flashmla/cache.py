@@ -33,7 +33,7 @@ def append_kv_cache(
       new_kv: [tokens, h_kv, d_k] in k_cache's dtype; [tokens, d_k] where h_kv is 1.
       slot_mapping: i32 [tokens], page_id * page_block_size + offset for each token, as
         `get_slot_mapping` gives it. A slot outside the pool, a negative one included, writes
-        nothing; of two equal slots either may win.
+        nothing; of two equal slots either may win, in each element by itself.
       implementation: "auto", "cuda" or "xla".
 
     Returns:
