@@ -82,7 +82,7 @@ def growth_panels(rows):
     """{title: (name of the x axis, rows)}: by batch at one length, by length at each batch."""
     panels = {}
     for heads in sorted({row["h_q"] for row in rows}):
-        ours = [row for row in rows if row["h_q"] == heads]
+        ours = [row for row in rows if row["h_q"] == heads and not row["varlen"]]
         length = workloads.GROWTH_LENGTH
         panels[f"h_q {heads}, length {length}"] = (
             "batch", [row for row in ours if row["mean_len"] == length]

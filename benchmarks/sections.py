@@ -216,7 +216,6 @@ def measure_beside_twin(benches, number, options):
 class GrowthBench(Bench):
     """Ours and the peer over series of cases, some of them very large: few calls and checks."""
 
-    kinds = ("given",)
     sets_checked = 1
     sample = 4
 

@@ -203,12 +203,21 @@ GROWTH_HEADS = (16, 128)
 GROWTH_LENGTH, GROWTH_BATCHES = 4096, tuple(2**i for i in range(13))
 GROWTH_LENGTHS = tuple(4**i for i in range(3, 11))  # 64 to 1M
 GROWTH_LENGTH_BATCHES = (1, 128)
+GROWTH_RAGGED_LENGTH, GROWTH_RAGGED_BATCHES = 512, (256, 1024, 4096)
 MAX_GROWTH_TOKENS = 2**24  # 19 GB: no page is read twice in a call
 
 
 def growth_cases():
-    """A series over the batch, and series over the length; what a peer may not bear comes last."""
+    """Series over the batch, uniform and ragged, and over the length.
+
+    What a peer may not bear comes last.
+    """
     cases = [Case(h, 1, batch, GROWTH_LENGTH) for h in GROWTH_HEADS for batch in GROWTH_BATCHES]
+    cases += [
+        Case(h, 1, batch, GROWTH_RAGGED_LENGTH, varlen=True)
+        for h in GROWTH_HEADS
+        for batch in GROWTH_RAGGED_BATCHES
+    ]
     cases += [
         Case(h, 1, batch, length)
         for h in GROWTH_HEADS

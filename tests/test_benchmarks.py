@@ -282,6 +282,7 @@ def test_growth_covers_its_range(workloads):
         for batch, longest in ((1, 2**20), (128, 2**16)):
             lengths = {case.mean_len for case in ours if case.batch == batch}
             assert {64, 1024, longest} <= lengths
+        assert {case.batch for case in ours if case.varlen} == {256, 1024, 4096}
     assert max(case.pages() for case in cases) * 64 <= workloads.MAX_GROWTH_TOKENS
 
 
