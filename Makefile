@@ -57,11 +57,11 @@ test-on-%:
 test-gpu: $(installed)
 	JAX_FLASHMLA_REQUIRE_GPU=1 $(bin)/pytest -m gpu $(PYTEST_ARGS)
 
-# With CUDA's compute-sanitizer on PATH.
+# With CUDA's compute-sanitizer on PATH. Of a schedule of garbage only the addresses matter.
 sanitize: $(installed)
-	for tool in memcheck synccheck racecheck; do \
-	  compute-sanitizer --tool $$tool --kernel-regex kns=jax_flashmla --error-exitcode 1 \
-	    $(bin)/python tests/sanitizer_sample.py || exit; \
+	for run in memcheck synccheck racecheck "memcheck --garbage"; do set -- $$run; \
+	  compute-sanitizer --tool $$1 --kernel-regex kns=jax_flashmla --error-exitcode 1 \
+	    $(bin)/python tests/sanitizer_sample.py $$2 || exit; \
 	done
 
 lint: $(any)
