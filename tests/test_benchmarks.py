@@ -594,7 +594,8 @@ def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, report):
     for row in data["rows"]:
         assert row["missing"] == {}
         assert row["cache_bytes"] == row["batch"] * row["context"] * 2 * 576 * 4
-        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["cuda_ms"] * 1e3, rel=1e-3)
+        a_second = row["batch"] / row["cuda_ms"] * 1e3
+        assert row["tokens_per_s"] == pytest.approx(a_second, rel=1e-3, abs=0.06)  # to a tenth
         assert ("xla_ms" in row) == (row["batch"] == 1)
         without, share = row["without_ms"], row["attention_share"]
         assert share == pytest.approx(1 - without / row["cuda_ms"], abs=1e-3)
