@@ -148,7 +148,7 @@ class Scheduler {
 
   // False where no request of this thread's run can have more than so many splits, of at least 2.
   __device__ __forceinline__ bool OwnMayHaveMoreSplits(int splits) const {
-    return MayHaveMoreSplits(most_tiles_, splits);
+    return MayHaveMoreSplits(largest_request_, splits);
   }
   // The same of a request of `tiles`; told faster than how many it has.
   __device__ __forceinline__ bool MayHaveMoreSplits(int tiles, int splits) const {
@@ -231,11 +231,11 @@ class Scheduler {
   // as large.
   __device__ __forceinline__ int CostOfRun(int sharing, int* largest_part) {
     int sum = 0, part = 0;
-    most_tiles_ = 0;
+    largest_request_ = 0;
 #pragma unroll 4
     for (int i = first_, left = input_.aligned_requests.value; i < last_; ++i) {
       const int tiles = Tiles(i);
-      most_tiles_ = max(most_tiles_, tiles);
+      largest_request_ = max(largest_request_, tiles);
       sum += tiles + kRequestOverhead;
       part += input_.aligned_splits.value == 1 ? tiles + kRequestOverhead
                                                : input_.aligned_splits.Ceil(tiles);
@@ -262,9 +262,9 @@ class Scheduler {
 
   const ScheduleInput& input_;
   int (&warp_sums_)[kWarps];
-  int first_, last_;  // this thread's run of requests
-  int most_tiles_;    // of one of them
-  int begin_;         // where it lies on the line
+  int first_, last_;     // this thread's run of requests
+  int largest_request_;  // of them, in tiles
+  int begin_;            // where it lies on the line
   int total_, payload_, min_tiles_;
   bool aligned_;
 };
