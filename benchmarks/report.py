@@ -321,10 +321,9 @@ def growth_section(results, plot):
     return section(
         "How it grows",
         f"![share of the floor by batch and by length]({plot})\n\n"
-        "Batches at one length, lengths at two batches, and ragged batches; 3 repeats, 4 sequences "
-        "of one input\nset compared with float32. No call reads a page twice. A batch of 1 below "
-        '4096 tokens finds its pages in\nthe L2. "+ metadata" is the time of a call that makes '
-        "its own.",
+        "Series of batches and of lengths; 3 repeats, 4 sequences of one input set compared\nwith "
+        "float32. No call reads a page twice. A batch of 1 below 4096 tokens finds its pages in "
+        "the L2.",
         ["case", "us", "share", "+ metadata", "peer us", "ratio"],
         cells,
         note,
