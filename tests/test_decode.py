@@ -212,7 +212,7 @@ def test_without_metadata_as_with_it_on_any_number_of_sms(case, num_sms, monkeyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("h_q", [16, 128])
 def test_schedule_of_garbage(h_q):
-    """Wrong results, but nothing else is touched, and the next call is right."""
+    """Wrong results, but no wrong address: the device goes on, and the next call is right."""
     inputs = cases.make_inputs(Case(40, 1, 900, h_q, varlen=True), max_blocks=40)
     metadata = metadata_for(inputs.cache_seqlens, inputs, "cuda")
     rng = np.random.default_rng(h_q)
