@@ -78,9 +78,9 @@ __device__ __forceinline__ bool FindByRequest(const TileSchedule& schedule, int 
 // request, one of `batch`, that decode has not joined.
 __device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int batch, int part,
                                            SplitRequest* found) {
-  const int2 bound = __ldcg(reinterpret_cast<const int2*>(schedule.part_bounds + part));
-  const bool begins_inside = bound.y > 0 && bound.x >= 0 && bound.x < batch;
-  return begins_inside && FindByRequest(schedule, bound.x, found) &&
+  const int2 words = __ldcg(reinterpret_cast<const int2*>(schedule.part_bounds + part));
+  const PartBound bound = Inside({words.x, words.y}, batch);
+  return bound.tile > 0 && FindByRequest(schedule, bound.request, found) &&
          part <= found->first_part + kJoinedSplits;
 }
 
@@ -94,16 +94,13 @@ __device__ __forceinline__ bool FindInMade(const ScheduleInput& input, int reque
   __shared__ SplitRequest shared;
   if (threadIdx.x == 0) shared.splits = 0;
   const BlockScheduler scheduler(input, warp_sums);
-  if (scheduler.OwnMayHaveMoreSplits(kJoinedSplits)) {
-    scheduler.ForOwnRequests([&](const PlacedRequest& placed) {
-      if (request >= 0 && request != placed.request) return;
-      if (!scheduler.MayHaveMoreSplits(placed.tiles, kJoinedSplits)) return;
-      const int first_part = scheduler.FirstPart(placed), splits = scheduler.NumSplits(placed);
-      const bool is_first = part > first_part && part <= first_part + kJoinedSplits;
-      if (request < 0 && !(is_first && splits > kJoinedSplits)) return;
+  scheduler.ForOwnRequestsOfMoreSplits(kJoinedSplits, [&](const PlacedRequest& placed, int splits) {
+    const int first_part = scheduler.FirstPart(placed);
+    const bool is_first = part > first_part && part <= first_part + kJoinedSplits;
+    if (request < 0 ? is_first : request == placed.request) {
       shared = {placed.request, first_part, splits};
-    });
-  }
+    }
+  });
   __syncthreads();
   *found = shared;
   return found->splits > kJoinedSplits;

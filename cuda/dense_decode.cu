@@ -89,7 +89,7 @@ __device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
   }
   for (int i = 0; i < kMessageSlots; ++i) {
     BarrierInit(&smem.message_full[i], kWarpgroupSize);
-    BarrierInit(&smem.message_empty[i], kWarpgroupSize / 4 * kValueWarpgroups);
+    BarrierInit(&smem.message_empty[i], kWarpgroupSize * kValueWarpgroups);
   }
   for (int i = 0; i < kPieceSlots; ++i) {
     BarrierInit(&smem.piece_full[i], 1);

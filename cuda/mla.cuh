@@ -32,6 +32,13 @@ struct PartBound {
   int32_t request, tile;
 };
 
+// A bound as it is used: one that leads out of the batch, as no schedule of this batch does, may
+// give wrong results, but not wrong addresses.
+__device__ __forceinline__ PartBound Inside(PartBound bound, int batch) {
+  if (bound.request >= batch) return {batch, 0};
+  return {max(bound.request, 0), max(bound.tile, 0)};
+}
+
 // What every kernel may count on for speed, never for results: the SMs of an H100 or H200.
 constexpr int kSms = 132;
 

@@ -134,6 +134,18 @@ class Scheduler {
     }
   }
 
+  // Calls visit(PlacedRequest, its splits) for those of more than `splits`, at least 2. Mostly
+  // there are none, which is told without placing them.
+  template <typename Visit>
+  __device__ __forceinline__ void ForOwnRequestsOfMoreSplits(int splits, Visit&& visit) const {
+    if (!MayHaveMoreSplits(largest_request_, splits)) return;
+    ForOwnRequests([&](const PlacedRequest& placed) {
+      if (!MayHaveMoreSplits(placed.tiles, splits)) return;
+      const int own_splits = NumSplits(placed);
+      if (own_splits > splits) visit(placed, own_splits);
+    });
+  }
+
   // The part that makes the first split of a request.
   __device__ __forceinline__ int FirstPart(const PlacedRequest& placed) const {
     if (aligned_) {
@@ -144,16 +156,6 @@ class Scheduler {
   __device__ __forceinline__ int NumSplits(const PlacedRequest& placed) const {
     if (!aligned_) return (placed.End() - 1) / payload_ - FirstPart(placed) + 1;
     return placed.tiles == 0 ? 1 : CeilDiv(placed.tiles, SplitTiles(placed.tiles));
-  }
-
-  // False where no request of this thread's run can have more than so many splits, of at least 2.
-  __device__ __forceinline__ bool OwnMayHaveMoreSplits(int splits) const {
-    return MayHaveMoreSplits(largest_request_, splits);
-  }
-  // The same of a request of `tiles`; told faster than how many it has.
-  __device__ __forceinline__ bool MayHaveMoreSplits(int tiles, int splits) const {
-    if (aligned_) return input_.aligned_splits.value > splits;
-    return tiles > (splits - 1) * payload_;
   }
 
   // Where parts are aligned, where part p begins: whole requests, or one of the equal splits of a
@@ -205,6 +207,12 @@ class Scheduler {
     const int32_t* seqlen = input_.cache_seqlens + request;
     const uint32_t length = max(kPastL1 ? __ldcg(seqlen) : *seqlen, 0);
     return min(static_cast<int>(CeilDiv<uint32_t>(length, kTileTokens)), input_.most_tiles);
+  }
+
+  // Whether a request of `tiles` may be among those; told faster than how many splits it has.
+  __device__ __forceinline__ bool MayHaveMoreSplits(int tiles, int splits) const {
+    if (aligned_) return input_.aligned_splits.value > splits;
+    return tiles > (splits - 1) * payload_;
   }
 
   static __device__ __forceinline__ int CeilLog2(int n) { return 32 - __clz(n - 1); }

@@ -46,13 +46,6 @@ static_assert(2 * kValueRegisters + kScoreRegisters + kLoadRegisters == 65536 / 
 // its neighbours do.
 constexpr int kOwnBounds = 4, kOwnBegin = 1;
 
-// A bound as it is used: one that leads out of the batch, as no schedule of this batch does, may
-// give wrong results, but not wrong addresses.
-__device__ __forceinline__ PartBound Inside(PartBound bound, int batch) {
-  if (bound.request >= batch) return {batch, 0};
-  return {max(bound.request, 0), max(bound.tile, 0)};
-}
-
 // The part that begins at the `i`th of them. Beyond the first and the last bound the same one
 // stands again.
 __device__ __forceinline__ int OwnBoundPart(int part, int i, int num_parts) {

@@ -161,7 +161,7 @@ class Scorer {
     if (piece.invalid) {
       factor[0] = factor[1] = lse2[0] = lse2[1] = NAN;
     }
-    if (piece.joined && piece.slot < 0) Join(factor, lse2);
+    if (piece.AddsOther()) Join(factor, lse2);
     Wait(&smem_.message_empty[message_.Slot()], message_.Parity() ^ 1);
     WriteFactors(factor);
     __syncwarp();

@@ -56,10 +56,10 @@ class ValueAccumulator {
 
   __device__ __forceinline__ const Piece& ThisPiece() const { return smem_.pieces[piece_.Slot()]; }
 
-  // Each lane that read factors arrives, for P with the rest of its warp behind a __syncwarp.
+  // Each lane arrives: all have cleared what they had to, and some have read factors.
   __device__ __forceinline__ void ReleaseMessage() {
     __syncwarp();
-    if (IsFirstOfQuad()) Arrive(&smem_.message_empty[message_.Slot()]);
+    Arrive(&smem_.message_empty[message_.Slot()]);
     message_.Advance();
   }
 
