@@ -13,7 +13,6 @@ import tempfile
 import jax
 import jax.numpy as jnp
 from rounds import in_turns
-from timing import Round
 from workloads import HEAD_DIM_V
 
 from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
@@ -118,17 +117,3 @@ def count_launches(thunks, trips):
         elif kind != "kWhile":
             singles += weight
     return graphs, singles
-
-
-class LayerRound:
-    """A compiled step with its inputs; `outs` and `lses` are those of the last step."""
-
-    def __init__(self, compiled, buffers, qs, pool, table, lengths, loops=1):
-        self.outs, self.lses = buffers
-
-        def enqueue():
-            self.outs, self.lses = compiled(self.outs, self.lses, qs, pool, table, lengths)
-
-        self.round = Round(
-            len(self.outs) * loops, enqueue, lambda: self.lses[-1].block_until_ready()
-        )

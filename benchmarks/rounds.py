@@ -197,19 +197,36 @@ class Inputs:
         return [out for out, _ in drawn], [lse for _, lse in drawn]
 
 
-class OpRound:
-    """Compiled rounds with their inputs; `outs` and `lses` are those of the last round."""
+class DonatedRound:
+    """Rounds of a compiled function of (outs, lses, *arguments) that donates the first two.
 
-    def __init__(self, function, inputs, metadata, calls, loops=1):
-        arguments = (
-            inputs.pool, inputs.qs[:calls], inputs.tables[:calls], inputs.lengths, metadata
-        )  # fmt: skip
-        self.outs, self.lses = inputs.poisoned(calls)
+    `outs` and `lses` are those of the last round. `calls` is how many a round makes.
+    """
+
+    def __init__(self, function, buffers, arguments, calls):
+        # The round has the results, not self: in a cycle they and the pool would outlive their use.
+        results = self._results = list(buffers)
 
         def enqueue():
-            self.outs, self.lses = function(self.outs, self.lses, *arguments)
+            results[:] = function(*results, *arguments)
 
         def wait():
-            self.lses[-1].block_until_ready()
+            results[1][-1].block_until_ready()
 
-        self.round = Round(calls * loops, enqueue, wait)
+        self.round = Round(calls, enqueue, wait)
+
+    @property
+    def outs(self):
+        return self._results[0]
+
+    @property
+    def lses(self):
+        return self._results[1]
+
+
+class OpRound(DonatedRound):
+    """The compiled rounds of a case on its inputs."""
+
+    def __init__(self, function, inputs, metadata, calls, loops=1):
+        arguments = inputs.pool, inputs.qs[:calls], inputs.tables[:calls], inputs.lengths, metadata
+        super().__init__(function, inputs.poisoned(calls), arguments, calls * loops)

@@ -8,7 +8,7 @@ import layers
 import numpy as np
 import workloads
 from harness import HEADER, Bench, device_works, format_row, guarded, out_of_time
-from rounds import Inputs, Shapes
+from rounds import DonatedRound, Inputs, Shapes
 from timing import time_rounds
 
 
@@ -66,10 +66,10 @@ class LayersBench(Bench):
         steps, launches = {}, {}
         for form in layers.FORMS:
             compiled, launches[form] = self.compiler[case.shape_key, form]
-            steps[form] = layers.LayerRound(
-                compiled, inputs.poisoned(self.count), inputs.qs, inputs.pool,
-                inputs.tables[0], inputs.lengths, case.loops,
-            )  # fmt: skip
+            arguments = inputs.qs, inputs.pool, inputs.tables[0], inputs.lengths
+            steps[form] = DonatedRound(
+                compiled, inputs.poisoned(self.count), arguments, self.count * case.loops
+            )
         rounds = {"alone": alone.round} | {form: s.round for form, s in steps.items()}
         times = time_rounds(
             rounds, repeats=options.repeats, seconds=options.seconds, rest=options.rest

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -199,6 +200,23 @@ def test_rounds_in_a_loop_give_what_one_gives(workloads, bench):
     assert not np.isnan(np.asarray(results[0][0][0], np.float32)).any()
 
 
+def test_a_section_leaves_no_arrays_behind(bench, monkeypatch):
+    """Without waiting for the garbage collector: the next section needs the memory at once."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which the options set too
+    options = bench("decode").parse_arguments(["--smoke", "--layers", "--fixed", "--repeats", "1"])
+    results = bench("results_file").Results(None, "sections", "a device", "a commit")
+    machine, before = bench("harness").Machine(options), jax.live_arrays()
+    gc.disable()
+    try:
+        bench("runner").run_sections(options, machine, results, time.monotonic())
+        left = [array for array in jax.live_arrays() if not any(array is old for old in before)]
+    finally:
+        gc.enable()
+    assert not results.errors
+    assert all(results.sections[section]["rows"] for section in ("layers", "fixed"))
+    assert not left
+
+
 def test_short_rounds_are_long_enough_to_dispatch(workloads):
     loops = {case: case.loops for case in workloads.all_cases()}
     assert loops[workloads.Case(16, 1, 1, 4096)] == 8
@@ -242,9 +260,9 @@ def test_layers_give_what_their_form_says(loops, workloads, bench):
     check = shapes.errors(1)
     for form, checked in (("unrolled", (0, 1)), ("scan", (1,))):
         compiled, _ = layers.compile_step(shapes, form, count, distinct, "xla")
-        step = layers.LayerRound(
-            compiled, inputs.poisoned(count), inputs.qs, pool, first, inputs.lengths, loops
-        )
+        arguments = inputs.qs, pool, first, inputs.lengths
+        buffers = inputs.poisoned(count)
+        step = rounds.DonatedRound(compiled, buffers, arguments, count * loops)
         assert step.round.calls == count * loops
         step.round.enqueue()
         for i in checked:
