@@ -84,6 +84,7 @@ if __name__ == "__main__":
     run([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16, **chosen)
     run([300, 40, 0, 1000], 32, s_q=4, offsets=[7, -30, 5, -2000], **chosen)
     run([70] * 140, 64, page=128, **chosen)
+    run([40] * 700, 64, **chosen)  # more of them in a block than it plans ahead
     run([512] * 66, 16, **chosen)  # two splits each, which decode joins
     for room in (0, 40):
         run([700] * 20 + [0, 64, 2000], 128, room=room, **chosen)  # one, two and more splits
