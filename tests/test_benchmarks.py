@@ -857,7 +857,7 @@ def test_the_readme_quotes_the_model():
 
 
 def test_the_docs_quote_the_results_on_two_gpus():
-    results = json.loads((BENCHMARKS / "results/h100_x2.json").read_text())
+    results = json.loads((BENCHMARKS / "results/h200_x2.json").read_text())
     text = (BENCHMARKS.parent / "docs/parallelism.md").read_text()
     assert f"commit `{results['commit']}`" in text
     lines = re.findall(r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \|(.*)\|$", text, re.MULTILINE)
