@@ -24,7 +24,8 @@ from harness import MAX_REL_ERR
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from results_file import commit_of
-from timing import Round, time_rounds
+from rounds import DonatedRound
+from timing import time_rounds
 from workloads import HEAD_DIM_K, HEAD_DIM_V, MIN_BYTES_IN_ALL
 
 import jax_flashmla as mla
@@ -77,9 +78,9 @@ CASES = [
 SMOKE = [Case(kind, 2, 256, s_q=2, h_q=2, calls=2) for kind in ("data", "tensor", "context")]
 
 
-def decode_calls(kind, implementation, results, qs, k_cache, tables, lengths):
-    """One device's part of a round; `results` are the last round's, whose buffers are reused."""
-    del results
+def decode_calls(kind, implementation, outs, lses, qs, k_cache, tables, lengths):
+    """One device's part of a round: (outs, lses). Those given are reused, the last round's."""
+    del outs, lses
     capacity = tables[0].shape[1] * k_cache.shape[1]
 
     def localize(lengths):
@@ -91,7 +92,7 @@ def decode_calls(kind, implementation, results, qs, k_cache, tables, lengths):
 
     rows = qs[0].shape[1] * qs[0].shape[2]
     schedule = mla.get_mla_metadata(localize(lengths)[0], rows, 1, implementation=implementation)
-    results = []
+    outs, lses = [], []
     for i, q in enumerate(qs):
         local, offset = localize(lengths)
         out, lse = mla.flash_mla_with_kvcache(
@@ -100,10 +101,11 @@ def decode_calls(kind, implementation, results, qs, k_cache, tables, lengths):
         )  # fmt: skip
         if kind == "context":
             out, lse = mla.merge_attention_states_across(out, lse, "x")
-        results.append((out, lse))
+        outs.append(out)
+        lses.append(lse)
         # No lse is NaN, so the lengths stay as they are; but the next call must wait.
         lengths = lengths + jnp.isnan(lse[:, 0, 0]).astype(jnp.int32)
-    return results
+    return outs, lses
 
 
 def make_inputs(case):
@@ -133,52 +135,46 @@ def make_inputs(case):
     return qs, draw(keys[0]), alone, split, np.full(case.batch, case.length, np.int32)
 
 
-class ParallelRound:
-    """A compiled round on some devices with its inputs; `results` are those of the last one."""
+def compiled_round(case, kind, devices, implementation, qs, pool, tables, lengths):
+    """A DonatedRound on some devices."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("x",))
+    (q, k, table, length), (out, lse) = SPLITS[kind]
 
-    def __init__(self, case, kind, devices, implementation, qs, pool, tables, lengths):
-        mesh = jax.sharding.Mesh(np.array(devices), ("x",))
-        (q, k, table, length), outs = SPLITS[kind]
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
 
-        def put(x, spec):
-            return jax.device_put(x, NamedSharding(mesh, spec))
+    def poisoned(shape, dtype, spec):
+        return [put(jnp.full(shape, jnp.nan, dtype), spec) for _ in range(case.calls)]
 
-        def function(*arguments):
-            return decode_calls(kind, implementation, *arguments)
+    def function(*arguments):
+        return decode_calls(kind, implementation, *arguments)
 
-        result_specs = [outs] * case.calls
-        mapped = jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=(result_specs, [q] * case.calls, k, [table] * len(tables), length),
-            out_specs=result_specs,
-        )
-        arguments = (
-            [put(x, q) for x in qs], put(pool, k), [put(x, table) for x in tables],
-            put(lengths, length),
-        )  # fmt: skip
-        b, s_q, h_q, _ = qs[0].shape
-        nan = (
-            jnp.full((b, s_q, h_q, HEAD_DIM_V), jnp.nan, jnp.bfloat16),
-            jnp.full((b, h_q, s_q), jnp.nan, jnp.float32),
-        )
-        self.results = [
-            tuple(put(jnp.array(x), spec) for x, spec in zip(nan, outs, strict=True))
-            for _ in range(case.calls)
-        ]
-        jitted = jax.jit(mapped, donate_argnums=0, keep_unused=True)
-        compiled = jitted.lower(self.results, *arguments).compile()
-
-        def enqueue():
-            self.results = compiled(self.results, *arguments)
-
-        self.round = Round(case.calls, enqueue, lambda: jax.block_until_ready(self.results))
+    result_specs = ([out] * case.calls, [lse] * case.calls)
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*result_specs, [q] * case.calls, k, [table] * len(tables), length),
+        out_specs=result_specs,
+    )
+    arguments = (
+        [put(x, q) for x in qs], put(pool, k), [put(x, table) for x in tables],
+        put(lengths, length),
+    )  # fmt: skip
+    b, s_q, h_q, _ = qs[0].shape
+    buffers = (
+        poisoned((b, s_q, h_q, HEAD_DIM_V), jnp.bfloat16, out),
+        poisoned((b, h_q, s_q), jnp.float32, lse),
+    )
+    jitted = jax.jit(mapped, donate_argnums=(0, 1), keep_unused=True)
+    return DonatedRound(
+        jitted.lower(*buffers, *arguments).compile(), buffers, arguments, case.calls
+    )
 
 
-def largest_error(results, expected):
+def largest_error(outs, expected):
     """The largest relative L2 error of any call's out."""
     errors = []
-    for (out, _), (reference, _) in zip(results, expected, strict=True):
+    for out, reference in zip(outs, expected, strict=True):
         out, reference = np.asarray(out, np.float32), np.asarray(reference, np.float32)
         errors.append(np.linalg.norm(out - reference) / np.linalg.norm(reference))
     return float(max(errors))
@@ -187,10 +183,10 @@ def largest_error(results, expected):
 def measure(case, devices, options):
     qs, pool, alone, split, lengths = make_inputs(case)
     rounds = {
-        "one": ParallelRound(
+        "one": compiled_round(
             case, "one", devices[:1], options.implementation, qs, pool, alone, lengths
         ),
-        "two": ParallelRound(
+        "two": compiled_round(
             case, case.kind, devices, options.implementation, qs, pool, split, lengths
         ),
     }
@@ -206,7 +202,7 @@ def measure(case, devices, options):
         "two_us": round(two.us, 2),
         "speedup": round(one.us / two.us, 3),
         "exchanged_bytes": case.exchanged_bytes,
-        "rel_err": largest_error(rounds["two"].results, rounds["one"].results),
+        "rel_err": largest_error(rounds["two"].outs, rounds["one"].outs),
         "host_us": round(two.host_us, 2),
         "spread": round(max(one.spread, two.spread), 4),
     }
