@@ -313,7 +313,7 @@ def growth_section(results, plot):
     cells = [
         [
             long_name(row), number(row["us"], 1), f"{row['of_floor']:.0%}",
-            number(row.get("us_with_metadata"), 1), number(row["peer_us"], 1),
+            number(row["us_with_metadata"], 1), number(row["peer_us"], 1),
             number(row["ratio"], 2),
         ]
         for row in sorted(rows, key=lambda r: (r["h_q"], r["varlen"], r["batch"], r["mean_len"]))

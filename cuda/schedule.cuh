@@ -209,7 +209,8 @@ class Scheduler {
     return min(static_cast<int>(CeilDiv<uint32_t>(length, kTileTokens)), input_.most_tiles);
   }
 
-  // Whether a request of `tiles` may be among those; told faster than how many splits it has.
+  // Whether a request of `tiles` may have more than so many splits, at least 2; told faster than
+  // how many it has.
   __device__ __forceinline__ bool MayHaveMoreSplits(int tiles, int splits) const {
     if (aligned_) return input_.aligned_splits.value > splits;
     return tiles > (splits - 1) * payload_;
