@@ -21,7 +21,7 @@ stamp := $(VENV)/installed-$(version)-
 installed := $(stamp)$(EXTRAS)
 # For what works with either: all of it where it is installed already, else the smaller part.
 any := $(firstword $(wildcard $(installed)) $(stamp)test-core$(cuda))
-compiled := pyproject.toml CMakeLists.txt $(shell find cmake cuda -type f)
+compiled := pyproject.toml CMakeLists.txt jax_flashmla/_targets.py $(shell find cmake cuda -type f)
 cxx := $(filter %.cu %.cuh %.h %.cc,$(compiled)) $(wildcard tests/*.cu)
 
 ifeq ($(version),)

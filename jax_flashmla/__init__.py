@@ -1,9 +1,9 @@
 """Multi-head latent attention (MLA) decode for JAX: our own Hopper kernels inside jax.jit."""
 
 from ._ffi import EXPORT_DISABLED_CHECKS
-from .cache import append_kv_cache, get_slot_mapping
+from .append import append_kv_cache, get_slot_mapping
 from .cost import decode_cost
-from .decode import flash_mla_with_kvcache
+from .dense_decode import flash_mla_with_kvcache
 from .merge import merge_attention_states, merge_attention_states_across
 from .schedule import TileSchedulerMetadata, get_mla_metadata
 

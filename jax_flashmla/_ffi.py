@@ -14,6 +14,8 @@ import jax
 import jaxlib
 from jax import export
 
+from ._targets import TARGETS
+
 try:
     _C = importlib.import_module("._C", __package__)
 except ImportError as error:  # a pure-Python install, or an extension for another Python
@@ -24,14 +26,6 @@ else:
 
 COMPUTE_CAPABILITY = "9.0"
 """The kernels use instructions that only this compute capability (Hopper) has."""
-
-TARGETS = (
-    "jax_flashmla_append_kv",
-    "jax_flashmla_dense_decode",
-    "jax_flashmla_schedule_and_decode",
-    "jax_flashmla_tile_scheduler",
-)
-"""The names of the kernels in programs; also those that were not built here."""
 
 EXPORT_DISABLED_CHECKS = tuple(map(export.DisabledSafetyCheck.custom_call, TARGETS))
 """What `jax.export.export` needs as its `disabled_checks`.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from . import _ffi, reference
+from . import _ffi
 from ._checks import check_array, static_int
-from ._primitive import Op
+from ._op import Op
+from .reference import schedule as reference
 
 ROW_TILE = 64
 """Query rows of one KV head that a thread block handles together."""

@@ -8,12 +8,12 @@
 #include <utility>
 
 #include "ffi.h"
-#include "partial_result.cuh"
+#include "host/tensor_map.h"
+#include "mla/softmax.cuh"
 #include "sm90/fragment.cuh"
 #include "sm90/global_flag.cuh"
 #include "sm90/tma.cuh"
-#include "softmax.cuh"
-#include "tensor_map.h"
+#include "split_kv/partial_result.cuh"
 
 // A numpy array. Not in the unnamed namespace: functions that take it would not be exported.
 struct Array {

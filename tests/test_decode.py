@@ -12,7 +12,8 @@ import pytest
 from cases import D_K, D_V, UNUSED_ENTRY, Case
 
 import jax_flashmla as fm
-from jax_flashmla import reference, schedule
+from jax_flashmla import schedule
+from jax_flashmla.reference import schedule as reference
 
 
 def decode(inputs, implementation, *, metadata=(None, None), **options):

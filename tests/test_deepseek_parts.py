@@ -21,7 +21,7 @@ from examples.deepseek.model import experts, forward, init_cache
 from examples.deepseek.parallel import Layout
 from examples.deepseek.sampling import greedy, sample
 from examples.deepseek.weights import Leaf, leaves, random_weights
-from jax_flashmla import _primitive
+from jax_flashmla import _op
 
 TINY = {
     "model_type": "deepseek_v3",
@@ -478,7 +478,7 @@ def test_dimensions_without_a_kernel_are_said_once():
     cache = init_cache(config, 4, 64)
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
     row = jnp.ones(1, jnp.int32)
-    _primitive._warn_once.cache_clear()
+    _op._warn_once.cache_clear()
 
     def two_steps(params, cache):
         for n in (1, 16):

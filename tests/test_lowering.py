@@ -24,7 +24,7 @@ from lowering import (
 )
 
 import jax_flashmla as fm
-from jax_flashmla import _ffi, _primitive
+from jax_flashmla import _ffi, _op
 
 # Level 2: the text.
 
@@ -148,7 +148,7 @@ def test_xla_has_no_custom_calls(kernels):
     ],
 )
 def test_shapes_without_a_kernel(shapes, d_v, reason):
-    _primitive._warn_once.cache_clear()
+    _op._warn_once.cache_clear()
     structs = decode_structs(**shapes)
     with pytest.warns(RuntimeWarning, match=reason):
         text = text_for_cuda(lambda *a: decode(*a, d_v=d_v), *structs)
@@ -159,7 +159,7 @@ def test_shapes_without_a_kernel(shapes, d_v, reason):
 
 
 def test_machine_without_the_kernels(monkeypatch):
-    _primitive._warn_once.cache_clear()
+    _op._warn_once.cache_clear()
     monkeypatch.setattr(_ffi, "unavailable_reason", lambda: "it is Tuesday")
     monkeypatch.setattr(_ffi, "other_device", lambda: None)
     with pytest.warns(RuntimeWarning, match="plain JAX.*: it is Tuesday") as caught:

@@ -1,15 +1,15 @@
 // What the warps of a decode block share: the sizes, the work, shared memory and its barriers. How
-// they play together is said in ../dense_decode.cu.
+// they play together is said in handler.cu.
 #pragma once
 
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
-#include "../partial_result.cuh"
-#include "../schedule.cuh"
-#include "../sm90/fragment.cuh"
-#include "../sm90/global_flag.cuh"
+#include "sm90/fragment.cuh"
+#include "sm90/global_flag.cuh"
+#include "split_kv/partial_result.cuh"
+#include "split_kv/schedule.cuh"
 
 namespace jax_flashmla::dense_decode {
 

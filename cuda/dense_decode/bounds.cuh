@@ -2,7 +2,7 @@
 // made from the lengths, by each block for itself, which takes less time than a kernel ahead of it.
 #pragma once
 
-#include "block.cuh"
+#include "dense_decode/block.cuh"
 
 namespace jax_flashmla::dense_decode {
 

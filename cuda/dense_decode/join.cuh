@@ -1,7 +1,7 @@
 // The join warp of dense decode: awaits the other split of a request that two blocks share.
 #pragma once
 
-#include "bounds.cuh"
+#include "dense_decode/bounds.cuh"
 
 namespace jax_flashmla::dense_decode {
 

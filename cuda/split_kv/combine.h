@@ -1,9 +1,9 @@
 // Joins the partial results of requests of more splits than decode joins itself.
 #pragma once
 
-#include "ffi.h"
-#include "partial_result.cuh"
-#include "schedule.cuh"
+#include "host/ffi.h"
+#include "split_kv/partial_result.cuh"
+#include "split_kv/schedule.cuh"
 
 namespace jax_flashmla {
 

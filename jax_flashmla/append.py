@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from . import reference
 from ._checks import check_array, check_axis, static_int
-from ._primitive import Op
+from ._op import Op
+from .reference import append as reference
 
 _INT32_MAX = 2**31 - 1
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

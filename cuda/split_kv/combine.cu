@@ -15,9 +15,9 @@
 
 #include <algorithm>
 
-#include "combine.h"
+#include "mla/softmax.cuh"
 #include "sm90/fragment.cuh"
-#include "softmax.cuh"
+#include "split_kv/combine.h"
 
 namespace jax_flashmla {
 namespace {

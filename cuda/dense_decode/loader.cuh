@@ -1,8 +1,8 @@
 // The loading thread of dense decode.
 #pragma once
 
-#include "../sm90/tma.cuh"
-#include "block.cuh"
+#include "dense_decode/block.cuh"
+#include "sm90/tma.cuh"
 
 namespace jax_flashmla::dense_decode {
 

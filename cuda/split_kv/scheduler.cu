@@ -9,8 +9,8 @@
 // the requests in which they begin. A scan of the split counts gives num_splits.
 #include <cstdint>
 
-#include "ffi.h"
-#include "schedule.cuh"
+#include "host/ffi.h"
+#include "split_kv/schedule.cuh"
 
 namespace jax_flashmla {
 namespace {
@@ -85,7 +85,7 @@ ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_s
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(TileScheduler, TileSchedulerImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_tile_scheduler, TileSchedulerImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Ctx<ffi::DeviceOrdinal>()

@@ -19,8 +19,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "ffi.h"
-#include "mla.cuh"
+#include "host/ffi.h"
+#include "mla/shapes.cuh"
 #include "sm90/cta.cuh"
 
 namespace jax_flashmla {
@@ -132,7 +132,7 @@ ffi::Error AppendKvImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer k_ca
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(AppendKv, AppendKvImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_append_kv, AppendKvImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Ctx<ffi::DeviceOrdinal>()

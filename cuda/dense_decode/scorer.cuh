@@ -3,8 +3,8 @@
 
 #include <limits>
 
-#include "../softmax.cuh"
-#include "block.cuh"
+#include "dense_decode/block.cuh"
+#include "mla/softmax.cuh"
 
 namespace jax_flashmla::dense_decode {
 

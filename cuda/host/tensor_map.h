@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "ffi.h"
+#include "host/ffi.h"
 
 namespace jax_flashmla {
 

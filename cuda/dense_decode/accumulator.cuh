@@ -1,7 +1,7 @@
 // The value warpgroups of dense decode: O += P V, and the results.
 #pragma once
 
-#include "block.cuh"
+#include "dense_decode/block.cuh"
 
 namespace jax_flashmla::dense_decode {
 

@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "mla.cuh"
+#include "mla/shapes.cuh"
 
 namespace jax_flashmla {
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import reference
 from ._checks import (
     check_array,
     check_axis,
@@ -13,7 +12,8 @@ from ._checks import (
     static_int,
     static_positive_float,
 )
-from ._primitive import Op
+from ._op import Op
+from .reference import dense_decode as reference
 from .schedule import ROW_TILE, TileSchedulerMetadata, default_num_parts, get_mla_metadata_op
 
 KERNEL_HEAD_DIMS = (576, 512)  # (d_k, d_v)

@@ -57,15 +57,15 @@
 #include <random>
 #include <string>
 
-#include "combine.h"
+#include "dense_decode/accumulator.cuh"
 #include "dense_decode/bounds.cuh"
 #include "dense_decode/join.cuh"
-#include "dense_decode/load.cuh"
-#include "dense_decode/plan.cuh"
-#include "dense_decode/score.cuh"
-#include "dense_decode/value.cuh"
-#include "ffi.h"
-#include "tensor_map.h"
+#include "dense_decode/loader.cuh"
+#include "dense_decode/planner.cuh"
+#include "dense_decode/scorer.cuh"
+#include "host/ffi.h"
+#include "host/tensor_map.h"
+#include "split_kv/combine.h"
 
 namespace jax_flashmla {
 namespace {
@@ -426,7 +426,7 @@ ffi::Error ScheduleAndDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBu
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_dense_decode, DenseDecodeImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Ctx<ffi::DeviceOrdinal>()
@@ -448,7 +448,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseDecode, DenseDecodeImpl,
                                   .Attr<bool>("causal"),
                               {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ScheduleAndDecode, ScheduleAndDecodeImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_schedule_and_decode, ScheduleAndDecodeImpl,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Ctx<ffi::DeviceOrdinal>()

@@ -1,7 +1,7 @@
 // The plan warp of dense decode: pieces and page ids, ahead of all others.
 #pragma once
 
-#include "bounds.cuh"
+#include "dense_decode/bounds.cuh"
 
 namespace jax_flashmla::dense_decode {
 

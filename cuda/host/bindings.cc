@@ -8,26 +8,19 @@ namespace nb = nanobind;
 
 namespace jax_flashmla {
 
-// Each is defined by XLA_FFI_DEFINE_HANDLER_SYMBOL in the file of its op.
-extern "C" {
-XLA_FFI_Error* TileScheduler(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* DenseDecode(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* ScheduleAndDecode(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* AppendKv(XLA_FFI_CallFrame* call_frame);
-}
+// The build makes handlers.inc of jax_flashmla/_targets.py: JAX_FLASHMLA_HANDLER(name) for each
+// target. XLA_FFI_DEFINE_HANDLER_SYMBOL defines the function of that name, in the folder of its op.
+#define JAX_FLASHMLA_HANDLER(name) extern "C" XLA_FFI_Error* name(XLA_FFI_CallFrame* call_frame);
+#include "handlers.inc"
+#undef JAX_FLASHMLA_HANDLER
 
 namespace {
 
-nb::capsule Capsule(XLA_FFI_Handler* handler) {
-  return nb::capsule(reinterpret_cast<void*>(handler));
-}
-
 nb::dict Handlers() {
   nb::dict handlers;
-  handlers["jax_flashmla_tile_scheduler"] = Capsule(TileScheduler);
-  handlers["jax_flashmla_dense_decode"] = Capsule(DenseDecode);
-  handlers["jax_flashmla_schedule_and_decode"] = Capsule(ScheduleAndDecode);
-  handlers["jax_flashmla_append_kv"] = Capsule(AppendKv);
+#define JAX_FLASHMLA_HANDLER(name) handlers[#name] = nb::capsule(reinterpret_cast<void*>(name));
+#include "handlers.inc"
+#undef JAX_FLASHMLA_HANDLER
   return handlers;
 }
 

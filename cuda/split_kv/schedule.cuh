@@ -16,8 +16,8 @@
 #include <limits>
 #include <string>
 
-#include "ffi.h"
-#include "mla.cuh"
+#include "host/ffi.h"
+#include "mla/shapes.cuh"
 #include "sm90/cta.cuh"
 
 namespace jax_flashmla {
