@@ -7,13 +7,13 @@
 #include <string>
 #include <utility>
 
-#include "ffi.h"
+#include "host/launch.h"
 #include "host/tensor_map.h"
+#include "mla/epilogue.cuh"
 #include "mla/softmax.cuh"
 #include "sm90/fragment.cuh"
 #include "sm90/global_flag.cuh"
 #include "sm90/tma.cuh"
-#include "split_kv/partial_result.cuh"
 
 // A numpy array. Not in the unnamed namespace: functions that take it would not be exported.
 struct Array {
@@ -303,11 +303,11 @@ __global__ void QuadMaxKernel(float4* values) {
 
 // ---------------------------------------------------------------------------------------- partials
 
-// A block a value; scales [blocks, 2]: forth and back.
+// A block a value; scales [blocks, 2]: to_half and from_half.
 __global__ void HalfScaleKernel(const float* largest, float2* scales, float* scaled) {
   const HalfScale scale(largest[blockIdx.x]);
-  scales[blockIdx.x] = make_float2(scale.forth, scale.back);
-  scaled[blockIdx.x] = largest[blockIdx.x] * scale.forth;
+  scales[blockIdx.x] = make_float2(scale.to_half, scale.from_half);
+  scaled[blockIdx.x] = largest[blockIdx.x] * scale.to_half;
 }
 
 // -------------------------------------------------------------------------------------- multiplies
@@ -383,7 +383,7 @@ __global__ void SoftmaxKernel(float* scores, const int32_t* visible, float scale
     float d[32];
     ReadAccumulator(scores + t * kSide * kSide, d);
     MaskFrom(d, top - t * kSide, bottom - t * kSide);
-    softmax.Raise(d, scale * kLog2e, factor);
+    softmax.RaiseReferences(d, scale * kLog2e, factor);
 #pragma unroll
     for (int k = 0; k < 4; ++k) softmax.Exponentiate(d, scale * kLog2e, k);
     WriteAccumulator(scores + t * kSide * kSide, d);

@@ -1,182 +1,24 @@
-// Dense decode: attention of a few queries a sequence over its paged latent cache.
-//
-// What: S = softmax_scale * Q K^T (64 query rows by 64 tokens by 576 columns), online softmax,
-// O += P V, where V is the first 512 columns of the same K tile.
-//
-// Floor: max(2 * rows * tokens * (576 + 512) FLOP, tokens * 1152 bytes), by the chip's ceilings.
-// A tile is 2176 clocks of tensor core per 64 rows, and 72 KB to load.
-//
-// Plan. One block an SM, each with one row tile (64 query rows); blocks walk the pieces (a run of
-// key tiles of one request) that the tile schedule gives to their part. Four warpgroups:
-//
-//   load    one warp plans: reads schedule, lengths and block table. One thread loads: fills a
-//           ring of shared memory with quarter tiles of V columns (11 slots of 64 x 128), rope
-//           columns (64 x 64) and, at the head of a piece, its queries. Both run ahead
-//           of everything else, across requests. One warp joins (below).
-//   score   holds 2/3 of Q in registers, S = Q K^T, softmax, writes P.
-//   value   two warpgroups, each holding O for two quarters of the 512 columns: rescale,
-//           O += P V, output.
-//
-//   tensor cores:  | S(n+1)      | O(n)        | S(n+2)      | O(n+1)      |
-//   score          | S(n+1)      | softmax n+1 | S(n+2)      | softmax n+2 |
-//   value 0, 1     | rescale     | O(n)        | rescale     | O(n+1)      |
-//
-// The score warpgroup announces P(n) when it has issued 3/4 of S(n+1), so that the tensor cores
-// always have one product queued while softmax runs, and S does not have to share them for long:
-// where value multiplies too, S gets a fifth of them. If the tile of S(n+1) has not arrived yet, it
-// announces P(n) at once. Keeping Q in registers makes room for 2.75 tiles in flight and takes a
-// sixth off the shared-memory traffic, which would be the limit otherwise.
-//
-// Where there is an even number of row tiles and much to do, two blocks form a cluster, work on the
-// same piece and share its tiles: each loads every other chunk and multicasts it to both.
-//
-// A request that is split has a partial result for each split (partial_result.cuh). Of two splits
-// the first is the last piece of a part and the second the first piece of the next part, so that it
-// is mostly written long before. Its block flags it in global memory; the join warp of the first
-// one's block waits for that, the rows of the other split follow the last tile through the ring,
-// and value adds them as it writes the result. Requests of more splits are left to the combine
-// kernel: their middle parts end when all do, and there a launch costs less than a wait.
-//
-// Ordering. A ring of buffers has a full and an empty barrier a slot:
-//   v, rope    load -> score (and value: v) -> load of both blocks of a cluster, as both write
-//   q_tail     load -> score -> load
-//   message    P and the row factors: score -> value -> score
-//   pages      plan -> load -> plan
-//   piece      plan -> load, score, value -> plan
-// and for the other split, once a launch:
-//   other_written  join -> load, score
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// The FFI handlers of dense decode: they check the operands and launch decode and combine.
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <random>
 #include <string>
 
-#include "dense_decode/accumulator.cuh"
-#include "dense_decode/bounds.cuh"
-#include "dense_decode/join.cuh"
-#include "dense_decode/loader.cuh"
-#include "dense_decode/planner.cuh"
-#include "dense_decode/scorer.cuh"
-#include "host/ffi.h"
+#include "dense_decode/kernel.cuh"
+#include "host/launch.h"
 #include "host/tensor_map.h"
 #include "split_kv/combine.h"
+#include "split_kv/operands.h"
 
-namespace jax_flashmla {
+namespace jax_flashmla::dense_decode {
 namespace {
-
-using namespace dense_decode;  // NOLINT: this file is what it is for
 
 constexpr const char* kOp = "flash_mla_with_kvcache";
 constexpr int kMinPage = 16, kMaxPage = 256;  // page_block_size
 
-// ---------------------------------------------------------------------------------------- kernel
-
-template <typename T, int kClusterSize>
-__device__ __forceinline__ void InitBarriers(SharedMemoryPlan<T>& smem) {
-  for (int i = 0; i < kValueSlots; ++i) {
-    BarrierInit(&smem.v_full[i], 1);
-    BarrierInit(&smem.v_empty[i], kWarpsPerWarpgroup * kClusterSize);
-  }
-  for (int i = 0; i < kRopeSlots; ++i) {
-    BarrierInit(&smem.rope_full[i], 1);
-    BarrierInit(&smem.rope_empty[i], kWarpsPerWarpgroup * kClusterSize);
-  }
-  for (int i = 0; i < kMessageSlots; ++i) {
-    BarrierInit(&smem.message_full[i], kWarpgroupSize);
-    BarrierInit(&smem.message_empty[i], kWarpgroupSize * kValueWarpgroups);
-  }
-  for (int i = 0; i < kPieceSlots; ++i) {
-    BarrierInit(&smem.piece_full[i], 1);
-    BarrierInit(&smem.piece_empty[i], 1 + kWarpgroupSize * (1 + kValueWarpgroups));
-  }
-  for (int i = 0; i < kPageBatches; ++i) {
-    BarrierInit(&smem.pages_full[i], kWarpSize);
-    BarrierInit(&smem.pages_empty[i], 1);
-  }
-  BarrierInit(&smem.other_written, kWarpSize);
-  BarrierInit(&smem.q_full, 1);
-  BarrierInit(&smem.q_empty, kWarpsPerWarpgroup);
-  FenceBarrierInit();
-}
-
-template <int kClusterSize>
-__device__ __forceinline__ void AwaitCluster() {
-  if constexpr (kClusterSize > 1) ClusterWait();
-}
-
-template <typename T, int kClusterSize, bool kMakesSchedule>
-__global__ void __launch_bounds__(kThreads, 1)
-    DenseDecodeKernel(const __grid_constant__ CUtensorMap q_map,
-                      const __grid_constant__ CUtensorMap k_map,
-                      const __grid_constant__ CUtensorMap k_short_map,
-                      const __grid_constant__ CUtensorMap o_map,
-                      const __grid_constant__ DecodeParams params) {
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& smem = *reinterpret_cast<SharedMemoryPlan<T>*>(shared_memory);
-  if (threadIdx.x == 0) InitBarriers<T, kClusterSize>(smem);
-  if (threadIdx.x == kWarpSize) {
-    PrefetchTensorMap(&q_map);
-    PrefetchTensorMap(&k_map);
-  }
-  WaitForPriorKernels();
-  BlockWork work(params);
-  if constexpr (kMakesSchedule) {
-    MakeBounds(smem, params, work.part);
-  } else {
-    work.SetBounds(params.schedule.part_bounds + work.part);  // on their way while the block meets
-  }
-  // The other block of a cluster is not awaited here, but by each role before it first touches it.
-  if constexpr (kClusterSize > 1) {
-    __syncwarp();
-    ClusterArrive();
-  }
-  __syncthreads();
-  AllowNextKernel();  // behind the wait: combine counts on it
-  if constexpr (kMakesSchedule) {
-    work.SetBounds(smem.bounds + kOwnBegin);
-  } else {
-    work.KeepInside(params.batch);
-  }
-
-  const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
-  if (warpgroup == kLoadWarpgroup) {
-    ShrinkRegisters<kLoadRegisters>();
-    const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
-    if (warp == kPlanWarp) {
-      Planner<T, kMakesSchedule>(smem, params).Run(work);
-      __syncwarp();
-      AwaitCluster<kClusterSize>();
-    } else if (warp == kLoadWarp) {
-      Loader<T, kClusterSize> loader(smem, q_map, k_map, k_short_map, o_map, params);
-      const bool elected = IsElected();
-      if (elected) loader.LoadFirstQueries(work);
-      __syncwarp();
-      AwaitCluster<kClusterSize>();
-      if (elected) loader.Run(work);
-    } else {
-      AwaitCluster<kClusterSize>();
-      if (warp == kJoinWarp) Joiner<T, kMakesSchedule>(smem, params).Run(work);
-    }
-    __syncwarp();
-  } else if (warpgroup == kScoreWarpgroup) {
-    GrowRegisters<kScoreRegisters>();
-    AwaitCluster<kClusterSize>();
-    Scorer<T, kClusterSize>(smem, params).Run(work);
-  } else {
-    GrowRegisters<kValueRegisters>();
-    AwaitCluster<kClusterSize>();
-    ValueAccumulator<T, kClusterSize>(smem, params, warpgroup).Run(work);
-  }
-  // No block of a cluster may leave while another one still writes to its memory.
-  if constexpr (kClusterSize > 1) ClusterArrive();
-  AwaitCluster<kClusterSize>();
-}
+// ---------------------------------------------------------------------------------------- launch
 
 // The tensor maps of the operands and of the partial results.
 struct DecodeMaps {
@@ -186,7 +28,7 @@ struct DecodeMaps {
 template <typename T, int kClusterSize, bool kMakesSchedule>
 ffi::Error LaunchKernel(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
   const int64_t blocks =
-      int64_t{params.schedule.num_parts} * params.num_kv_heads * params.row_tiles;
+      int64_t{params.schedule.num_parts} * params.query.num_kv_heads * params.query.row_tiles;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
   return LaunchOverlapped(kOp, stream,
                           {.grid = dim3(blocks),
@@ -197,12 +39,14 @@ ffi::Error LaunchKernel(const DecodeMaps& maps, const DecodeParams& params, cuda
                           maps.k_short, maps.o_partial, params);
 }
 
-// Whether two blocks share pages. They must start together and wait for each other, which pays when
-// there is enough to read. What there is at most, the table tells.
+// Whether two blocks form a cluster and share their pages. They must start together and wait for
+// each other, which pays only if there is much to read. The host knows just an upper bound of that:
+// the size of the block table.
 bool SharesPages(const DecodeParams& params) {
-  constexpr int64_t kLeastTokens = 1 << 16;  // times row tiles; measured on an H200
-  const int64_t tokens = (int64_t{params.max_blocks} << params.page_shift) * params.batch;
-  return params.row_tiles % 2 == 0 && tokens * params.row_tiles > kLeastTokens;
+  constexpr int64_t kMinTokens = 1 << 16;  // times row tiles; measured on an H200
+  const PageTable& table = params.table;
+  const int64_t tokens = (int64_t{table.max_blocks} << table.page_shift) * params.batch;
+  return params.query.row_tiles % 2 == 0 && tokens * params.query.row_tiles > kMinTokens;
 }
 
 template <typename T, bool kMakesSchedule>
@@ -215,42 +59,27 @@ template <typename T>
 ffi::Error Launch(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
   JAX_FLASHMLA_CHECK(params.schedule.IsGiven() ? (LaunchDecode<T, false>(maps, params, stream))
                                                : (LaunchDecode<T, true>(maps, params, stream)));
-  return LaunchCombine<T>({.schedule = params.schedule,
+  return LaunchCombine<T>(kOp,
+                          {.schedule = params.schedule,
                            .partial = params.partial,
                            .out = params.out,
                            .lse = params.lse,
                            .batch = params.batch,
-                           .num_kv_heads = params.num_kv_heads,
-                           .rows = params.rows,
-                           .group = params.group,
-                           .s_q = params.s_q,
+                           .query = params.query,
                            .schedule_input = params.schedule_input},
                           stream);
 }
 
-// --------------------------------------------------------------------------------------- handler
-
-// Another value in each call, from a random one on. A captured call is replayed with its own.
-Flag NextFlagValue() {
-  static const auto seed = [] {
-    std::random_device random;
-    return Flag{random()} << 32 | random();
-  }();
-  static std::atomic<Flag> calls{0};
-  // Of the increments of SplitMix64 (Steele et al., 2014): odd, so that no value comes back soon.
-  const Flag value = seed + 0x9e3779b97f4a7c15u * ++calls;
-  return value != 0 ? value : NextFlagValue();
+// How many blocks load keys where parts are aligned to the sequences; elsewhere a few more do. 0 if
+// they do not all run at once.
+int32_t LoadingBlocks(const ScheduleInput& input, const QueryShape& query) {
+  const int64_t blocks_of_part = int64_t{query.num_kv_heads} * query.row_tiles;
+  if (input.num_parts.value * blocks_of_part > kSms) return 0;
+  return static_cast<int32_t>(input.aligned_runs * input.aligned_splits.value * blocks_of_part);
 }
 
-// The blocks that load keys where parts are aligned to the requests; otherwise a few more do. Each
-// part has `blocks`.
-int32_t LoadingBlocks(const ScheduleInput& input, int64_t blocks) {
-  if (input.num_parts.value * blocks > kSms) return 0;
-  return static_cast<int32_t>(input.aligned_runs * input.aligned_splits.value * blocks);
-}
-
-// Tensor maps of q [b, h_kv, rows, d_k], k_cache [num_blocks, page_block_size, h_kv, d_k] and
-// o_partial [2 * num_parts, h_kv, rows, d_v].
+// The tensor maps of q [b, h_kv, rows, d_k], of k_cache [num_blocks, page_block_size, h_kv, d_k]
+// and of o_partial [2 * num_parts, h_kv, rows, d_v].
 ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o_partial,
                       DecodeMaps* maps) {
   const auto type = q.element_type() == ffi::DataType::BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -271,7 +100,7 @@ ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o
   JAX_FLASHMLA_CHECK(encode_rows(o_partial, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, &maps->o_partial));
   std::array<uint64_t, 4> k_shape = shape(k_cache.dimensions());
   const void* k_data = k_cache.untyped_data();
-  if (k_shape[3] == 0) {  // an empty pool: every page is outside of it, and nothing is read
+  if (k_shape[3] == 0) {  // an empty pool: every page id is outside it, and nothing is read
     k_shape[3] = 1;
     k_data = q.untyped_data();
   }
@@ -284,6 +113,8 @@ ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o
   JAX_FLASHMLA_CHECK(encode_keys(page, &maps->k));
   return encode_keys(kShortBoxTokens, &maps->k_short);
 }
+
+// ---------------------------------------------------------------------------------------- handler
 
 ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
   JAX_FLASHMLA_CHECK(CheckArgument(
@@ -306,93 +137,97 @@ ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
                        "an axis of q or k_cache is too long: " + std::to_string(largest));
 }
 
-struct GivenSchedule {
-  I32<2> part_bounds;
-  I32<1> first_part, num_splits;
+// What may follow the first four operands: the three arrays of a schedule, then causal_offset. The
+// number of operands tells which of them a call has.
+struct OptionalOperands {
+  std::optional<ScheduleOperands> schedule;
+  std::optional<I32<1>> causal_offset;
 };
 
-// The schedule of `num_parts` parts that a call is given, null where it is given none.
-ffi::Error ReadSchedule(std::optional<GivenSchedule> given, int64_t batch, int64_t num_parts,
-                        TileSchedule* schedule) {
-  JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, kOp, "there must be an SM part"));
-  *schedule = {.num_parts = static_cast<int32_t>(num_parts)};
-  if (!given) return ffi::Error::Success();
-  JAX_FLASHMLA_CHECK(
-      CheckShape(kOp, "part_bounds", given->part_bounds.dimensions(), {num_parts + 1, 2}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", given->first_part.dimensions(), {batch}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", given->num_splits.dimensions(), {batch + 1}));
-  schedule->part_bounds = reinterpret_cast<const PartBound*>(given->part_bounds.typed_data());
-  schedule->first_part = given->first_part.typed_data();
-  schedule->num_splits = given->num_splits.typed_data();
+// Operand `index` of those that follow the first four, or an error if it has another type or rank.
+template <typename Buffer>
+ffi::Error ReadOperand(ffi::RemainingArgs rest, size_t index, std::optional<Buffer>* operand) {
+  const auto read = rest.get<Buffer>(index);
+  if (read.has_error()) return read.error();
+  *operand = read.value();
   return ffi::Error::Success();
 }
 
-ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k_cache,
-                  I32<2> block_table, I32<1> cache_seqlens, std::optional<GivenSchedule> given,
-                  std::optional<I32<1>> causal_offset, ffi::Result<ffi::AnyBuffer> out,
-                  F32Result<3> lse, ffi::Result<ffi::AnyBuffer> o_partial,
-                  F32Result<4> scale_partial, F32Result<3> lse_partial, I32Result<4> flags,
-                  float softmax_scale, bool causal) {
+ffi::Error ReadOptionalOperands(ffi::RemainingArgs rest, OptionalOperands* operands) {
+  size_t next = 0;
+  if (rest.size() >= 3) {
+    std::optional<I32<2>> part_bounds;
+    std::optional<I32<1>> first_part, num_splits;
+    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &part_bounds));
+    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &first_part));
+    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &num_splits));
+    operands->schedule = {*part_bounds, *first_part, *num_splits};
+  }
+  if (rest.size() > next) {
+    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &operands->causal_offset));
+  }
+  return CheckArgument(
+      rest.size() == next, kOp,
+      "must have 4 operands, or 7 with a schedule, and one more with causal_offset, "
+      "got " +
+          std::to_string(4 + rest.size()));
+}
+
+// q [b, h_kv, rows, d_k], k_cache [num_blocks, page_block_size, h_kv, d_k], block_table
+// [b, max_blocks], cache_seqlens [b], optional operands -> out [b, h_kv, rows, d_v],
+// softmax_lse [b, h_q, s_q], scratch
+ffi::Error DenseDecode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
+                       ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
+                       ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
+                       ffi::Result<ffi::AnyBuffer> o_partial, F32Result<4> scale_partial,
+                       F32Result<3> lse_partial, I32Result<4> flags, float softmax_scale,
+                       bool causal) {
   JAX_FLASHMLA_CHECK(CheckOperands(q, k_cache));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   const int64_t batch = q_dims[0], kv_heads = q_dims[1], rows = q_dims[2];
   if (batch == 0) return ffi::Error::Success();
   JAX_FLASHMLA_CHECK(CheckDevice(kOp, device));
-  const int64_t num_parts = flags->dimensions()[0];
   const int64_t max_blocks = block_table.dimensions()[1], s_q = lse->dimensions()[2];
-  TileSchedule schedule;
-  JAX_FLASHMLA_CHECK(ReadSchedule(given, batch, num_parts, &schedule));
-  if (!given) JAX_FLASHMLA_CHECK(CheckScheduleInput(kOp, batch, kv_heads * rows));
   JAX_FLASHMLA_CHECK(
       CheckArgument(s_q >= 1 && rows % s_q == 0, kOp, "the rows of q must be a multiple of s_q"));
+  const QueryShape query(kv_heads, rows, s_q);
+  const Scratch scratch{*o_partial, *scale_partial, *lse_partial, *flags};
+  OptionalOperands optional;
+  JAX_FLASHMLA_CHECK(ReadOptionalOperands(rest, &optional));
+  TileSchedule schedule;
+  JAX_FLASHMLA_CHECK(ReadSchedule(kOp, optional.schedule, batch, scratch.NumParts(), &schedule));
+  if (!schedule.IsGiven()) JAX_FLASHMLA_CHECK(CheckScheduleInput(kOp, batch, kv_heads * rows));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "block_table", block_table.dimensions(), {batch, max_blocks}));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "cache_seqlens", cache_seqlens.dimensions(), {batch}));
-  if (causal_offset) {
-    JAX_FLASHMLA_CHECK(CheckShape(kOp, "causal_offset", causal_offset->dimensions(), {batch}));
+  if (optional.causal_offset) {
+    JAX_FLASHMLA_CHECK(
+        CheckShape(kOp, "causal_offset", optional.causal_offset->dimensions(), {batch}));
   }
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "out", out->dimensions(), {batch, kv_heads, rows, kHeadDimV}));
   JAX_FLASHMLA_CHECK(
-      CheckShape(kOp, "softmax_lse", lse->dimensions(), {batch, kv_heads * (rows / s_q), s_q}));
-  constexpr int64_t kFlagWords = kFlagsPerTile * sizeof(Flag) / sizeof(int32_t);
-  const int64_t row_tiles = CeilDiv<int64_t>(rows, kTileRows);
-  JAX_FLASHMLA_CHECK(CheckArgument(o_partial->element_type() == ffi::DataType::F16, kOp,
-                                   "o_partial must be fp16"));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "o_partial", o_partial->dimensions(),
-                                {2 * num_parts, kv_heads, rows, kHeadDimV}));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "scale_partial", scale_partial->dimensions(),
-                                {2 * num_parts, kv_heads, kQuarters, rows}));
-  JAX_FLASHMLA_CHECK(
-      CheckShape(kOp, "lse_partial", lse_partial->dimensions(), {2 * num_parts, kv_heads, rows}));
-  JAX_FLASHMLA_CHECK(
-      CheckShape(kOp, "flags", flags->dimensions(), {num_parts, kv_heads, row_tiles, kFlagWords}));
+      CheckShape(kOp, "softmax_lse", lse->dimensions(), {batch, kv_heads * query.group, s_q}));
+  JAX_FLASHMLA_CHECK(scratch.Check(kOp, query));
 
   DecodeMaps maps;
   JAX_FLASHMLA_CHECK(EncodeMaps(q, k_cache, *o_partial, &maps));
-  const ScheduleInput schedule_input(cache_seqlens.typed_data(), batch, num_parts, kv_heads * rows);
+  const ScheduleInput schedule_input(cache_seqlens.typed_data(), batch, scratch.NumParts(),
+                                     kv_heads * rows);
   const DecodeParams params = {
-      .block_table = block_table.typed_data(),
+      .table = {.block_table = block_table.typed_data(),
+                .num_blocks = static_cast<int32_t>(k_dims[0]),
+                .max_blocks = static_cast<int32_t>(max_blocks),
+                .page_shift = std::countr_zero(static_cast<uint64_t>(k_dims[1]))},
       .cache_seqlens = cache_seqlens.typed_data(),
-      .causal_offset = causal_offset ? causal_offset->typed_data() : nullptr,
+      .causal_offset = optional.causal_offset ? optional.causal_offset->typed_data() : nullptr,
       .schedule = schedule,
       .out = out->untyped_data(),
       .lse = lse->typed_data(),
-      .partial = {.o = static_cast<__half*>(o_partial->untyped_data()),
-                  .scale = scale_partial->typed_data(),
-                  .lse = lse_partial->typed_data()},
-      .flags = reinterpret_cast<Flag*>(flags->typed_data()),
-      .flag_value = NextFlagValue(),
-      // No flag of the first part is used, as it begins with no second split.
-      .progress = reinterpret_cast<uint32_t*>(flags->typed_data()),
-      .loading_blocks = LoadingBlocks(schedule_input, kv_heads * row_tiles),
+      .partial = scratch.Partials(),
+      .flags = {scratch.Flags(), NextFlagValue()},
+      .progress = scratch.Progress(),
+      .loading_blocks = LoadingBlocks(schedule_input, query),
       .batch = static_cast<int32_t>(batch),
-      .num_kv_heads = static_cast<int32_t>(kv_heads),
-      .rows = static_cast<int32_t>(rows),
-      .group = static_cast<int32_t>(rows / s_q),
-      .s_q = static_cast<int32_t>(s_q),
-      .row_tiles = static_cast<int32_t>(row_tiles),
-      .num_blocks = static_cast<int32_t>(k_dims[0]),
-      .max_blocks = static_cast<int32_t>(max_blocks),
-      .page_shift = std::countr_zero(static_cast<uint64_t>(k_dims[1])),
+      .query = query,
       .scale_log2 = softmax_scale * kLog2e,
       .causal = causal,
       .schedule_input = schedule_input,
@@ -401,70 +236,33 @@ ffi::Error Decode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::An
                                                  : Launch<__half>(maps, params, stream);
 }
 
-ffi::Error DenseDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
-                           ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
-                           I32<2> part_bounds, I32<1> first_part, I32<1> num_splits,
-                           std::optional<I32<1>> causal_offset, ffi::Result<ffi::AnyBuffer> out,
-                           F32Result<3> lse, ffi::Result<ffi::AnyBuffer> o_partial,
-                           F32Result<4> scale_partial, F32Result<3> lse_partial, I32Result<4> flags,
-                           float softmax_scale, bool causal) {
-  return Decode(stream, device, q, k_cache, block_table, cache_seqlens,
-                GivenSchedule{part_bounds, first_part, num_splits}, causal_offset, out, lse,
-                o_partial, scale_partial, lse_partial, flags, softmax_scale, causal);
-}
-
-ffi::Error ScheduleAndDecodeImpl(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
-                                 ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
-                                 std::optional<I32<1>> causal_offset,
-                                 ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
-                                 ffi::Result<ffi::AnyBuffer> o_partial, F32Result<4> scale_partial,
-                                 F32Result<3> lse_partial, I32Result<4> flags, float softmax_scale,
-                                 bool causal) {
-  return Decode(stream, device, q, k_cache, block_table, cache_seqlens, std::nullopt, causal_offset,
-                out, lse, o_partial, scale_partial, lse_partial, flags, softmax_scale, causal);
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<Stream>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<I32<2>>()
+      .Arg<I32<1>>()
+      .RemainingArgs()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<F32<3>>()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<F32<4>>()
+      .Ret<F32<3>>()
+      .Ret<I32<4>>()
+      .Attr<float>("softmax_scale")
+      .Attr<bool>("causal");
 }
 
 }  // namespace
+}  // namespace jax_flashmla::dense_decode
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_dense_decode, DenseDecodeImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Stream>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<I32<2>>()
-                                  .Arg<I32<1>>()
-                                  .Arg<I32<2>>()
-                                  .Arg<I32<1>>()
-                                  .Arg<I32<1>>()
-                                  .OptionalArg<I32<1>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<F32<3>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<F32<4>>()
-                                  .Ret<F32<3>>()
-                                  .Ret<I32<4>>()
-                                  .Attr<float>("softmax_scale")
-                                  .Attr<bool>("causal"),
-                              {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_schedule_and_decode, ScheduleAndDecodeImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Stream>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<I32<2>>()
-                                  .Arg<I32<1>>()
-                                  .OptionalArg<I32<1>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<F32<3>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<F32<4>>()
-                                  .Ret<F32<3>>()
-                                  .Ret<I32<4>>()
-                                  .Attr<float>("softmax_scale")
-                                  .Attr<bool>("causal"),
-                              {ffi::Traits::kCmdBufferCompatible});
-
-}  // namespace jax_flashmla
+// Two names for one handler: a program shows by the name whether the call was given a schedule.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_dense_decode, jax_flashmla::dense_decode::DenseDecode,
+                              jax_flashmla::dense_decode::Binding(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_schedule_and_decode,
+                              jax_flashmla::dense_decode::DenseDecode,
+                              jax_flashmla::dense_decode::Binding(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,4 +1,4 @@
-// The Python module: hands the FFI handlers to Python as capsules, which JAX registers by name.
+// The Python module `_C`: the FFI handlers as capsules, which Python registers with JAX by name.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 
@@ -32,11 +32,23 @@ nb::dict BuildInfo() {
   return info;
 }
 
+// The number of SMs of the first visible device, None where there is no device or no driver. This
+// reads an attribute of the driver and creates no CUDA context, so it is safe before JAX starts.
+nb::object SmCount() {
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess) {
+    return nb::int_(count);
+  }
+  cudaGetLastError();  // so that no later call reports this error as its own
+  return nb::none();
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
   m.def("handlers", &Handlers, "Maps the name of each FFI target to its handler.");
   m.def("build_info", &BuildInfo, "The versions of XLA's FFI and of CUDA compiled against.");
+  m.def("sm_count", &SmCount, "The SMs of the first CUDA device, None where there is none.");
 }
 
 }  // namespace jax_flashmla

@@ -1,8 +1,12 @@
-// Online softmax over tiles of scores held in accumulator fragments (sm90/fragment.cuh): Milakov
-// and Gimelshein, "Online normalizer calculation for softmax" (2018), as in FlashAttention, with
-// the running maximum allowed to lag behind: a row's reference value is raised only when a score
-// exceeds it by 8 in base 2. P then lies below 2^8 instead of 1, which costs no precision in
-// floating point, and most tiles leave the accumulators as they are.
+// Online softmax over tiles of scores in accumulator fragments (sm90/fragment.cuh).
+//
+// The idea (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, as used in
+// FlashAttention): keep a reference value for each row, and weigh a score s by 2^(s - reference).
+// When a score exceeds the reference, raise the reference and rescale what was summed before.
+//
+// Here the reference is not the exact maximum. It is raised only when a score exceeds it by 8 or
+// more (in base 2). Weights then lie below 2^8 instead of 1, which costs no precision in floating
+// point, and most tiles need no rescaling of O.
 #pragma once
 
 #include "sm90/fragment.cuh"
@@ -18,15 +22,15 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// The public convention: natural logarithm, +inf for a row that sees no key.
+// The log-sum-exp as users get it: natural logarithm, +inf for a row that sees no key.
 __device__ __forceinline__ float NaturalLse(float lse2) {
   return lse2 == -INFINITY ? INFINITY : lse2 * kLn2;
 }
 
-// Sets to -inf the scores of a [64 x 64] fragment at columns `top` and on (rows of d[4j]) and at
-// columns `bottom` and on (rows of d[4j+2]).
+// Masks a [64 x 64] fragment of scores: sets to -inf the columns from `top` on in the row of d[4j],
+// and the columns from `bottom` on in the row of d[4j+2].
 __device__ __forceinline__ void MaskFrom(float (&d)[32], int top, int bottom) {
-  // From this thread's first column on: a number to compare constants with.
+  // Relative to this thread's first column, so that constants are compared below.
   top -= sm90::FragmentColumn();
   bottom -= sm90::FragmentColumn();
 #pragma unroll
@@ -39,25 +43,25 @@ __device__ __forceinline__ void MaskFrom(float (&d)[32], int top, int bottom) {
   }
 }
 
-// The state of this thread's two rows.
+// The softmax of this thread's two rows.
 class OnlineSoftmax {
  public:
-  // Makes room for the scores of a tile: raises a row's reference if a score exceeds it by too
-  // much. `factor` is what earlier results of the row must be multiplied with.
-  __device__ __forceinline__ void Raise(const float (&d)[32], float scale_log2,
-                                        float (&factor)[2]) {
+  // Raises the references where a score of this tile exceeds them by too much. `factor` returns
+  // what the earlier results of each row must be multiplied by.
+  __device__ __forceinline__ void RaiseReferences(const float (&d)[32], float scale_log2,
+                                                  float (&factor)[2]) {
     float largest[2] = {fmaxf(PartMax(d, 0, 0), PartMax(d, 0, 1)),
                         fmaxf(PartMax(d, 1, 0), PartMax(d, 1, 1))};
     factor[0] = factor[1] = 1.f;
     const bool exceeds = largest[0] * scale_log2 > reference_[0] + kLag ||
                          largest[1] * scale_log2 > reference_[1] + kLag;
-    // Most tiles need no maximum over the whole row.
+    // For most tiles this thread's own columns show that no reference must be raised.
     if (!__any_sync(sm90::kFullWarp, exceeds)) return;
     sm90::QuadMax(largest);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float scaled = largest[r] * scale_log2;
-      // Also at the first key: -inf + kLag is -inf.
+      // True at the first key as well, because -inf + kLag is -inf.
       if (!(scaled > reference_[r] + kLag)) continue;
       factor[r] = Exp2(reference_[r] - scaled);
       sum_[r] *= factor[r];
@@ -65,7 +69,7 @@ class OnlineSoftmax {
     }
   }
 
-  // Turns the scores of columns 16k .. 16k + 15 into weights relative to the references.
+  // Turns the scores of columns 16k .. 16k+15 into weights.
   __device__ __forceinline__ void Exponentiate(float (&d)[32], float scale_log2, int k) {
     const float subtract[2] = {Finite(reference_[0]), Finite(reference_[1])};
 #pragma unroll
@@ -76,8 +80,8 @@ class OnlineSoftmax {
     }
   }
 
-  // `factor` normalises the rows; `lse2` is the base-2 log of the sum of the exponentials of the
-  // scaled scores, -inf where there was no key.
+  // `factor` returns what O must be multiplied by to normalise it. `lse2` returns the base-2
+  // logarithm of the sum of the exponentials of the scaled scores, -inf if a row saw no key.
   __device__ __forceinline__ void Finish(float (&factor)[2], float (&lse2)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -90,11 +94,11 @@ class OnlineSoftmax {
  private:
   static constexpr float kLag = 8.f;
 
-  // A row that has seen no key yet has -inf, and -inf - -inf is NaN.
+  // The reference is -inf before the first key, and -inf - -inf would be NaN.
   __device__ __forceinline__ static float Finite(float reference) {
     return reference == -INFINITY ? 0.f : reference;
   }
-  // The maximum of every other pair of columns of row `r`, in a chain of its own.
+  // The maximum of every other pair of columns of row `r`. Two such chains run side by side.
   __device__ __forceinline__ static float PartMax(const float (&d)[32], int r, int part) {
     float x = fmaxf(d[4 * part + 2 * r], d[4 * part + 2 * r + 1]);
 #pragma unroll
@@ -105,7 +109,7 @@ class OnlineSoftmax {
   }
 
   float reference_[2] = {-INFINITY, -INFINITY};  // in base 2, scaled
-  float sum_[2] = {0.f, 0.f};                    // of this thread's columns
+  float sum_[2] = {0.f, 0.f};                    // over this thread's columns
 };
 
 }  // namespace jax_flashmla

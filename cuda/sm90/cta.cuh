@@ -1,5 +1,5 @@
-// The threads of a block and a cluster: who am I, named barriers, register budgets, and the
-// dependence of a launch on the one before it.
+// The threads of a block and of a cluster: who am I, named barriers, register budgets, and how a
+// launch waits for the one before it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// A value that is the same in all lanes, told so to the compiler (branches on it stay uniform).
+// Tells the compiler that a value is the same in all lanes, so that branches on it stay uniform.
 __device__ __forceinline__ int WarpUniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
 
 // The rank of this block in its cluster (0 in a launch without clusters).
@@ -20,8 +20,8 @@ __device__ __forceinline__ uint32_t ClusterRank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster meet: none leaves ClusterWait() before all have come to
-// ClusterArrive(). Shared memory written before the one is seen after the other.
+// A barrier for all threads of all blocks of a cluster. ClusterWait() returns when every thread has
+// called ClusterArrive(). It then sees the shared memory that they wrote before.
 __device__ __forceinline__ void ClusterArrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -29,9 +29,8 @@ __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// True in one lane of a warp that is complete, always the same. As the compiler knows that it is
-// one, it issues what takes its operands from uniform registers, such as the copies of tma.cuh,
-// once. Behind `lane == 0` it makes a loop over the lanes of each.
+// elect.sync: true in one lane of a converged warp, always the same one. Unlike `lane == 0`, ptxas
+// knows that it is a single lane, and emits a TMA instruction once instead of in a loop over lanes.
 __device__ __forceinline__ bool IsElected() {
   uint32_t elected;
   asm volatile(
@@ -49,7 +48,7 @@ __device__ __forceinline__ void NamedBarrierSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The register budget of the calling warpgroup from here on; a multiple of 8.
+// Sets the register budget of the calling warpgroup, a multiple of 8.
 template <int kRegisters>
 __device__ __forceinline__ void GrowRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -59,12 +58,13 @@ __device__ __forceinline__ void ShrinkRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Programmatic dependent launch. Until WaitForPriorKernels() returns, nothing that an earlier
-// kernel of the stream may still be writing may be read, and nothing that it reads may be written.
+// Programmatic dependent launch: this kernel may start while the kernels before it in the stream
+// still run. Before WaitForPriorKernels() returns it must not read what they may still write, nor
+// write what they may still read.
 __device__ __forceinline__ void WaitForPriorKernels() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
-// Lets the next kernel of the stream start its prologue as soon as blocks leave.
+// Lets the next kernel of the stream start when all blocks have called this or have ended.
 __device__ __forceinline__ void AllowNextKernel() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }

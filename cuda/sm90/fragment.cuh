@@ -1,5 +1,5 @@
 // Register fragments of wgmma: which thread holds which element, and how fragments move between
-// registers and swizzled tiles.
+// registers and swizzled tiles in shared memory.
 //
 // Accumulator D[64 x N] of a warpgroup: warp w holds rows 16w .. 16w+15; lane l holds, for each
 // group j of 8 columns, d[4j], d[4j+1] at row l/4 and d[4j+2], d[4j+3] at row l/4 + 8, columns
@@ -10,11 +10,11 @@
 
 namespace jax_flashmla::sm90 {
 
-// The row of d[4j] of this thread in its warpgroup's tile; d[4j+2] is 8 rows below.
+// The row of this thread's d[4j] in the tile of its warpgroup. d[4j+2] is 8 rows below.
 __device__ __forceinline__ int FragmentRow() {
   return (threadIdx.x % kWarpgroupSize) / kWarpSize * 16 + threadIdx.x % kWarpSize / 4;
 }
-// The column of d[0].
+// The column of this thread's d[0].
 __device__ __forceinline__ int FragmentColumn() { return threadIdx.x % 4 * 2; }
 
 template <int kCount>
@@ -33,7 +33,7 @@ __device__ __forceinline__ float QuadSum(float x) {
   return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
-// Gives all lanes of a quad the values of its first one.
+// Gives all lanes of a quad the values of its first lane.
 __device__ __forceinline__ void QuadBroadcast(float (&x)[2]) {
   x[0] = __shfl_sync(kFullWarp, x[0], 0, 4);
   x[1] = __shfl_sync(kFullWarp, x[1], 0, 4);

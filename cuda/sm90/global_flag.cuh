@@ -1,8 +1,8 @@
-// Flags in global memory, by which warps of one launch hand data over to other blocks, and counts,
-// by which blocks only know of each other. All lanes of the writing warp call
-// ReleaseGlobalWrites(), then one sets the flag; all lanes of the reading warp call
-// AcquireGlobalWrites() when some have seen the flags, before any reads or lets the copy engine
-// read.
+// Flags and counters in global memory, by which the blocks of one launch talk to each other.
+//
+// To hand data over: all lanes of the writing warp call ReleaseGlobalWrites(), then one lane sets
+// the flag. Lanes of the reading warp poll the flag; then all its lanes call AcquireGlobalWrites().
+// Only after that may they read the data, or let the copy engine (TMA) read it.
 #pragma once
 
 #include "cta.cuh"
@@ -20,7 +20,7 @@ __device__ __forceinline__ Flag ReadFlag(const Flag* flag) {
   return value;
 }
 
-// A count in global memory that orders nothing.
+// A counter in global memory. It orders no other access.
 __device__ __forceinline__ void CountRelaxed(uint32_t* count, uint32_t by) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(by) : "memory");
 }

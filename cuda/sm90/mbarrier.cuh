@@ -1,8 +1,9 @@
 // Shared-memory barriers (mbarrier) and the fences around them.
 //
-// A barrier's phases alternate in parity. A consumer that waits for its k-th completion
-// (k = 0, 1, ...) waits with parity k & 1; a producer that waits for a buffer to be empty for its
-// k-th filling waits with parity (k & 1) ^ 1, which passes at once on a fresh barrier.
+// The phases of a barrier alternate in parity. A consumer that waits for the k-th completion
+// (k = 0, 1, ...) waits with parity k & 1. A producer that waits for a buffer to be empty, before
+// it fills it for the k-th time, waits with parity (k & 1) ^ 1; on a fresh barrier that returns at
+// once.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,9 @@ __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders this thread's ordinary accesses to shared memory before later ones by the tensor cores and
-// the copy engine (the "async proxy"): writes that they read, and reads of what they overwrite.
+// The tensor cores and the copy engine reach shared memory through the "async proxy". This fence
+// orders the ordinary accesses of this thread before later ones by that proxy: writes that it will
+// read, and reads of what it will overwrite.
 __device__ __forceinline__ void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -38,7 +40,7 @@ __device__ __forceinline__ void Arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
-// Arrives at the barrier of the same name in block `rank` of the cluster.
+// Arrives at the same barrier of block `rank` of the cluster.
 __device__ __forceinline__ void ArriveAtRank(Barrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -50,7 +52,7 @@ __device__ __forceinline__ void ArriveAtRank(Barrier* barrier, uint32_t rank) {
       : "memory");
 }
 
-// Arrives, and makes the phase wait for `bytes` more bytes of bulk copies.
+// Arrives, and lets the phase complete only after `bytes` more bytes of bulk copies.
 __device__ __forceinline__ void ArriveExpectBytes(Barrier* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
@@ -58,7 +60,7 @@ __device__ __forceinline__ void ArriveExpectBytes(Barrier* barrier, uint32_t byt
       : "memory");
 }
 
-// Whether the phase of this parity has completed; does not block.
+// Whether the phase of this parity has completed. Does not block.
 __device__ __forceinline__ bool TestWait(Barrier* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

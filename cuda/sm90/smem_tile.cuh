@@ -1,6 +1,6 @@
-// A tile of 64 rows by 64 two-byte elements in shared memory, stored as the copy engine and the
-// tensor cores agree on: rows of 128 bytes in which the 16-byte unit u of row r stands at
-// u ^ (r % 8) (the 128-byte swizzle). Must be aligned to 1024 bytes.
+// A tile of 64 rows by 64 two-byte elements in shared memory, in the 128-byte swizzle that the copy
+// engine writes and the tensor cores read: a row has 128 bytes, and its 16-byte unit u is stored at
+// position u ^ (row % 8). A tile must be aligned to 1024 bytes.
 #pragma once
 
 #include "wgmma.cuh"
@@ -24,16 +24,16 @@ struct alignas(1024) SmemTile {
   __device__ __forceinline__ const uint4& Unit(int row, int unit) const {
     return reinterpret_cast<const uint4*>(data)[row * kUnitsPerRow + (unit ^ (row & 7))];
   }
-  // As an operand whose K axis is the columns.
+  // The tile as a wgmma operand whose K axis runs along the columns.
   __device__ __forceinline__ uint64_t DescriptorAlongColumns() const {
     return SwizzledDescriptor(SharedAddress(data), 8 * kRowBytes, 16);
   }
-  // As an operand whose K axis is the rows, this tile and the ones behind it in an array side by
-  // side along N.
+  // The tile as a wgmma operand whose K axis runs along the rows. Tiles that follow it in an array
+  // continue it along N.
   __device__ __forceinline__ uint64_t DescriptorAlongRows() const {
     return SwizzledDescriptor(SharedAddress(data), 8 * kRowBytes, kBytes);
   }
-  // Descriptor steps of 16 along K.
+  // What to add to a descriptor to move 16 elements along K.
   static constexpr uint64_t kStepAlongColumns = DescriptorStep(16 * sizeof(T));
   static constexpr uint64_t kStepAlongRows = DescriptorStep(16 * kRowBytes);
 };

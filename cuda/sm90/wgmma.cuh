@@ -1,7 +1,7 @@
 // Warpgroup matrix multiply (wgmma): D[64 x N] (+)= A[64 x 16] B[16 x N], float32 accumulators.
 //
-// A warpgroup issues WgmmaFence(), its multiplies, WgmmaCommit(), and must not touch the
-// accumulators (nor registers that hold A) until WgmmaWait() says that they are done.
+// A warpgroup calls WgmmaFence(), issues its multiplies and calls WgmmaCommit(). It must not touch
+// the accumulators, nor registers that hold A, before WgmmaWait() returns.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,23 +19,23 @@ __device__ __forceinline__ void WgmmaFence() {
 __device__ __forceinline__ void WgmmaCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most `kPending` of this warpgroup's committed groups are unfinished.
+// Returns when at most `kPending` of this warpgroup's committed groups are unfinished.
 template <int kPending>
 __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Tells the compiler that asynchronous multiplies change these registers between here and there.
+// Tells the compiler that asynchronous multiplies change these registers here.
 template <int kCount>
 __device__ __forceinline__ void KeepInRegisters(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Describes an operand in shared memory in the layout of a 128-byte swizzle whose atoms are
-// 8 rows of 128 bytes. `row_group_bytes`: from one group of 8 rows to the next;
-// `column_group_bytes`: from one group of 64 columns to the next, used where the operand's
-// contiguous axis is M or N and longer than 64.
+// Describes an operand in shared memory in the 128-byte swizzle, whose atoms are 8 rows of 128
+// bytes. `row_group_bytes`: distance from one group of 8 rows to the next. `column_group_bytes`:
+// distance from one group of 64 columns to the next, used where the operand's contiguous axis is M
+// or N and longer than 64.
 __device__ __forceinline__ uint64_t SwizzledDescriptor(uint32_t shared_address,
                                                        uint32_t row_group_bytes,
                                                        uint32_t column_group_bytes) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ uint64_t SwizzledDescriptor(uint32_t shared_address,
 // What to add to a descriptor so that it starts `bytes` further on.
 constexpr uint64_t DescriptorStep(uint32_t bytes) { return bytes >> 4; }
 
-// The operands' type as instructions name it.
+// The name of the element type in the instructions.
 template <typename T>
 struct ElementName;
 template <>

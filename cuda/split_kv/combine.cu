@@ -1,15 +1,16 @@
-// Combine: the result of a request of more splits than decode joins by itself.
+// Combine: the result of a sequence with more splits than decode joins by itself.
 //
-// What: out = sum_s w_s o_s with w_s = 2^(lse_s - lse), lse = log2 sum_s 2^lse_s, over the splits
-// of a request; a split that saw no key has lse -inf and o 0.
-//
-// Floor: at most 2 * parts * rows * 1 KB are read, mostly from L2.
-//
-// Schedule: a block looks at one request, or, where that is less, at one of every kJoinedSplits
-// bounds between parts: a request of that many splits and more contains one of them. Blocks that
-// find nothing to do leave at once. A group of 16 lanes makes a half or a quarter of a row,
-// whatever lets all blocks run at once, mostly with all splits in flight; several groups share the
-// splits where there are blocks to spare.
+// What     out = sum_s w_s o_s with w_s = 2^(lse_s - lse) and lse = log2 sum_s 2^lse_s, over the
+//          splits s of a sequence. A split that saw no key has lse -inf and counts for nothing.
+// Floor    At most 2 * parts * rows * 1 KB are read, mostly from the L2.
+// Schedule A block first looks for a sequence to combine, and most blocks find none and leave.
+// Either
+//          it looks at one sequence; or, where that makes fewer blocks, at one of every
+//          kJoinedSplits bounds between parts, because a sequence with more splits than that
+//          contains one of them. Rows are cut into slices, a half or a quarter of a row each,
+//          whichever lets all blocks run at once. A lane group of 16 lanes makes a slice, usually
+//          with all splits in flight. Where there are blocks to spare, several lane groups share
+//          the splits of a slice.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -26,17 +27,17 @@ constexpr int kLaneElements = 8;  // a lane loads 16 bytes
 constexpr int kGroupLanes = kQuarterColumns / kLaneElements;
 static_assert(2 * kGroupLanes == sm90::kWarpSize);
 
-// How rows are cut into pieces, of which a group of lanes, or several, make one.
+// How rows are cut into slices.
 enum class Cut {
-  kFewQuarters,  // in blocks of 32 groups for one piece, of which an SM holds one
+  kFewQuarters,  // a block of 32 lane groups makes one slice; one block runs on an SM
   kQuarters,
   kHalves,
-  kManyHalves,  // more than run at once
+  kManyHalves,  // more blocks than run at once
 };
-constexpr int PieceQuarters(Cut cut) {
+constexpr int SliceQuarters(Cut cut) {
   return cut == Cut::kHalves || cut == Cut::kManyHalves ? 2 : 1;
 }
-// Splits that a group has in flight.
+// How many splits a lane group has in flight.
 constexpr int SplitsAtOnce(Cut cut) {
   return cut == Cut::kQuarters ? 9 : cut == Cut::kManyHalves ? 3 : 5;
 }
@@ -46,77 +47,79 @@ constexpr int BlockWarps(Cut cut) { return BlockThreads(cut) / sm90::kWarpSize; 
 constexpr int BlocksPerSm(Cut cut) {
   return cut == Cut::kFewQuarters ? 1 : cut == Cut::kManyHalves ? 3 : 2;
 }
-// Whether several groups may share the splits of a piece.
-constexpr bool IsShared(Cut cut) { return PieceQuarters(cut) == 1; }
-// From so many splits a request on average on, and if these have few rows, kFewQuarters is faster.
+// Whether several lane groups may share the splits of a slice.
+constexpr bool IsShared(Cut cut) { return SliceQuarters(cut) == 1; }
+// From this average number of splits a sequence on, kFewQuarters is faster where there are few
+// rows.
 constexpr int kFewQuartersSplits = 73;
 constexpr int kGroupsAtOnce = kSms * BlocksPerSm(Cut::kQuarters) * BlockGroups(Cut::kQuarters);
 
-// The splits of one request.
-struct SplitRequest {
-  int request, first_part, splits;
+// A sequence and its splits.
+struct SplitSequence {
+  int sequence, first_part, splits;
 
-  __device__ __forceinline__ int Slot(int split) const {
-    return PartialSlot(first_part + split, split == 0);
+  __device__ __forceinline__ int Index(int split) const {
+    return PartialIndex(first_part + split, split == 0);
   }
 };
 
-// Whether `request` has splits that decode has not joined. Reads past the L1, see CombineKernel.
-__device__ __forceinline__ bool FindByRequest(const TileSchedule& schedule, int request,
-                                              SplitRequest* found) {
-  found->request = request;
-  // Arrays that do not belong together may give wrong results, but must not lead out of the
-  // scratch.
-  found->first_part = max(__ldcg(schedule.first_part + request), 0);
+// Whether `sequence` has splits that decode has not joined. Reads past the L1, see CombineKernel.
+__device__ __forceinline__ bool FindBySequence(const TileSchedule& schedule, int sequence,
+                                               SplitSequence* found) {
+  found->sequence = sequence;
+  // If the arrays of a schedule do not belong together, results may be wrong, but no address may
+  // lie outside the scratch.
+  found->first_part = max(__ldcg(schedule.first_part + sequence), 0);
   const int splits =
-      __ldcg(schedule.num_splits + request + 1) - __ldcg(schedule.num_splits + request);
+      __ldcg(schedule.num_splits + sequence + 1) - __ldcg(schedule.num_splits + sequence);
   found->splits = min(splits, schedule.num_parts - found->first_part);
   return found->splits > kJoinedSplits;
 }
 
-// Whether part `part`, a multiple of kJoinedSplits, is the first such part to begin inside a
-// request, one of `batch`, that decode has not joined.
+// Whether part `part` begins inside a sequence that decode has not joined. `part` is a multiple of
+// kJoinedSplits; only the first such part of a sequence counts.
 __device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int batch, int part,
-                                           SplitRequest* found) {
+                                           SplitSequence* found) {
   const int2 words = __ldcg(reinterpret_cast<const int2*>(schedule.part_bounds + part));
-  const PartBound bound = Inside({words.x, words.y}, batch);
-  return bound.tile > 0 && FindByRequest(schedule, bound.request, found) &&
+  const PartBound bound = ClampToBatch({words.x, words.y}, batch);
+  return bound.tile > 0 && FindBySequence(schedule, bound.sequence, found) &&
          part <= found->first_part + kJoinedSplits;
 }
 
-// The same where no schedule is given: the block makes it, and looks for `request`, or, where that
-// is negative, for the request that part `part` stands for.
+// The same where the call was given no schedule: the block makes it. It looks at `sequence`, or, if
+// that is negative, at the sequence in which part `part` begins.
 template <int kThreads>
-__device__ __forceinline__ bool FindInMade(const ScheduleInput& input, int request, int part,
-                                           SplitRequest* found) {
+__device__ __forceinline__ bool FindInMade(const ScheduleInput& input, int sequence, int part,
+                                           SplitSequence* found) {
   using BlockScheduler = Scheduler<kThreads, /*kPastL1=*/true>;
   __shared__ int warp_sums[BlockScheduler::kWarps];
-  __shared__ SplitRequest shared;
+  __shared__ SplitSequence shared;
   if (threadIdx.x == 0) shared.splits = 0;
   const BlockScheduler scheduler(input, warp_sums);
-  scheduler.ForOwnRequestsOfMoreSplits(kJoinedSplits, [&](const PlacedRequest& placed, int splits) {
+  const auto compare = [&](const PlacedSequence& placed, int splits) {
     const int first_part = scheduler.FirstPart(placed);
     const bool is_first = part > first_part && part <= first_part + kJoinedSplits;
-    if (request < 0 ? is_first : request == placed.request) {
-      shared = {placed.request, first_part, splits};
+    if (sequence < 0 ? is_first : sequence == placed.sequence) {
+      shared = {placed.sequence, first_part, splits};
     }
-  });
+  };
+  scheduler.ForOwnSequencesOfMoreSplits(kJoinedSplits, compare);
   __syncthreads();
   *found = shared;
   return found->splits > kJoinedSplits;
 }
 
-// What some of a row's splits add up to: the sums of 2^(lse_s - largest) o_s, in a lane's elements
-// of kCount quarters, and of these weights alone.
+// The sum over some splits of a row, relative to 2^largest: a lane's elements of kCount quarters of
+// sum_s 2^(lse_s - largest) o_s, and the sum of these weights.
 template <int kCount>
-struct WeighedSum {
+struct WeightedSum {
   float o[kCount][kLaneElements];
   float largest, weight;
 };
 
-// What weights are relative to.
+// What weights are relative to. It is finite, because -inf - -inf would be NaN.
 __device__ __forceinline__ float WeightBase(float largest) {
-  return largest == -INFINITY ? 0.f : largest;  // -inf - -inf is NaN
+  return largest == -INFINITY ? 0.f : largest;
 }
 
 // Adds `weight` times the elements in `packed`.
@@ -130,14 +133,17 @@ __device__ __forceinline__ void AddPacked(float (&sum)[kLaneElements], float wei
   }
 }
 
-// The sum of splits first, first + step, ... from `element` of a row on. kAtOnce of them are in
-// flight, which changes no bits. A split that saw no key counts for nothing. The weights add up to
-// as much as there are splits, so elements that near to float32's largest overflow, as in decode.
+// The sum of splits first, first + step, ..., from `element` of a row on. kAtOnce splits are in
+// flight; that number does not change the result. The weights add up to at most the number of
+// splits, so elements that close to the largest float32 overflow, as they do in decode.
 template <int kCount, int kAtOnce>
-__device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& params,
-                                                        const SplitRequest& request, int kv_head,
-                                                        int row, int first, int step, int element) {
-  WeighedSum<kCount> sum = {};
+__device__ __forceinline__ WeightedSum<kCount> AddSplits(const CombineParams& params,
+                                                         const SplitSequence& sequence, int kv_head,
+                                                         int row, int first, int step,
+                                                         int element) {
+  const PartialResults& partial = params.partial;
+  const QueryShape& query = params.query;
+  WeightedSum<kCount> sum = {};
   int begin = first;
   do {
     uint4 x[kAtOnce][kCount];
@@ -146,26 +152,25 @@ __device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& par
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = begin + i * step;
       lse[i] = -INFINITY;
-      if (split >= request.splits) continue;
-      const int64_t partial_row = PartialRow(params, request.Slot(split), kv_head, row);
-      lse[i] = params.partial.lse[partial_row];
-      const __half* o = params.partial.o + partial_row * kHeadDimV + element;
+      if (split >= sequence.splits) continue;
+      const int index = sequence.Index(split);
+      lse[i] = *partial.LseRow(query, index, kv_head, row);
+      const __half* o = partial.ORow(query, index, kv_head, row) + element;
       const float* scales =
-          params.partial.scale +
-          PartialQuarter(params, request.Slot(split), kv_head, row, element / kQuarterColumns);
+          partial.ScaleRow(query, index, kv_head, row) + element / kQuarterColumns * query.rows;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         x[i][j] = *reinterpret_cast<const uint4*>(o + j * kQuarterColumns);
-        scale[i][j] = scales[j * params.rows];
+        scale[i][j] = scales[j * query.rows];
       }
     }
     if (begin == first) {
       sum.largest = lse[0];
 #pragma unroll
       for (int i = 1; i < kAtOnce; ++i) sum.largest = fmaxf(sum.largest, lse[i]);
-      for (int split = first + kAtOnce * step; split < request.splits; split += step) {
-        const int64_t partial_row = PartialRow(params, request.Slot(split), kv_head, row);
-        sum.largest = fmaxf(sum.largest, params.partial.lse[partial_row]);
+      for (int split = first + kAtOnce * step; split < sequence.splits; split += step) {
+        const float split_lse = *partial.LseRow(query, sequence.Index(split), kv_head, row);
+        sum.largest = fmaxf(sum.largest, split_lse);
       }
     }
 #pragma unroll
@@ -177,14 +182,14 @@ __device__ __forceinline__ WeighedSum<kCount> AddSplits(const CombineParams& par
       for (int j = 0; j < kCount; ++j) AddPacked(sum.o[j], weight * scale[i][j], x[i][j]);
     }
     begin += kAtOnce * step;
-  } while (begin < request.splits);
+  } while (begin < sequence.splits);
   return sum;
 }
 
-// The sum of the two groups of a warp, for both.
-__device__ __forceinline__ WeighedSum<1> SumOverWarp(const WeighedSum<1>& sum) {
+// The sum over the two lane groups of a warp, in both of them.
+__device__ __forceinline__ WeightedSum<1> SumOverWarp(const WeightedSum<1>& sum) {
   const auto other = [](float x) { return __shfl_xor_sync(sm90::kFullWarp, x, kGroupLanes); };
-  WeighedSum<1> total;
+  WeightedSum<1> total;
   total.largest = fmaxf(sum.largest, other(sum.largest));
   const float factor = Exp2(sum.largest - WeightBase(total.largest));
   const float weight = factor * sum.weight;
@@ -197,13 +202,13 @@ __device__ __forceinline__ WeighedSum<1> SumOverWarp(const WeighedSum<1>& sum) {
   return total;
 }
 
-// The sum over the `groups` groups, a power of 2, that share a piece, for the first one of them.
+// The sum over the lane groups that share a slice, in the first of them. `groups` is a power of 2.
 template <int kBlockWarps>
-__device__ __forceinline__ WeighedSum<1> SumOverGroups(const WeighedSum<1>& own, int groups) {
+__device__ __forceinline__ WeightedSum<1> SumOverGroups(const WeightedSum<1>& own, int groups) {
   __shared__ float4 o[2][kBlockWarps][kGroupLanes];
   __shared__ float largest[kBlockWarps], weight[kBlockWarps];
   if (groups == 1) return own;
-  const WeighedSum<1> sum = SumOverWarp(own);
+  const WeightedSum<1> sum = SumOverWarp(own);
   const int lane = threadIdx.x % sm90::kWarpSize, warp = threadIdx.x / sm90::kWarpSize;
   const int warps = groups / 2;
   if (lane < kGroupLanes) {
@@ -219,7 +224,7 @@ __device__ __forceinline__ WeighedSum<1> SumOverGroups(const WeighedSum<1>& own,
   }
   __syncthreads();
   if (warp % warps != 0 || lane >= kGroupLanes) return sum;
-  WeighedSum<1> total = {.largest = -INFINITY};
+  WeightedSum<1> total = {.largest = -INFINITY};
   for (int w = 0; w < warps; ++w) total.largest = fmaxf(total.largest, largest[warp + w]);
 #pragma unroll 4
   for (int w = 0; w < warps; ++w) {
@@ -238,8 +243,8 @@ __device__ __forceinline__ WeighedSum<1> SumOverGroups(const WeighedSum<1>& own,
   return total;
 }
 
-// A lane's elements times `factor`, rounded, as 8 columns in a row: a quad has them as the partial
-// results have them (partial_result.cuh).
+// A lane's elements times `factor`, rounded, as 8 neighbouring columns. The lanes of a quad hold
+// them in the order in which partial results are stored (mla/epilogue.cuh).
 template <typename T>
 __device__ __forceinline__ uint4 RoundedColumns(const float (&x)[kLaneElements], float factor) {
   uint32_t words[kLaneElements / 2];
@@ -251,26 +256,26 @@ __device__ __forceinline__ uint4 RoundedColumns(const float (&x)[kLaneElements],
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// `groups` groups make piece `piece` of all rows' pieces, if there is one.
+// `groups` lane groups make slice `slice`, counted over all rows, if there is such a slice.
 template <typename T, Cut kCut>
-__device__ __forceinline__ void CombinePiece(const CombineParams& params,
-                                             const SplitRequest& request, int kv_head, int piece,
+__device__ __forceinline__ void CombineSlice(const CombineParams& params,
+                                             const SplitSequence& sequence, int kv_head, int slice,
                                              int groups) {
-  constexpr int kCount = PieceQuarters(kCut);
-  const int row = piece * kCount / kQuarters;
+  constexpr int kCount = SliceQuarters(kCut);
+  const int row = slice * kCount / kQuarters;
   const int element =
-      piece * kCount % kQuarters * kQuarterColumns + threadIdx.x % kGroupLanes * kLaneElements;
+      slice * kCount % kQuarters * kQuarterColumns + threadIdx.x % kGroupLanes * kLaneElements;
   const int share = threadIdx.x / kGroupLanes % groups;
-  WeighedSum<kCount> sum = {};
-  if (row < params.rows) {
-    sum = AddSplits<kCount, SplitsAtOnce(kCut)>(params, request, kv_head, row, share, groups,
+  WeightedSum<kCount> sum = {};
+  if (row < params.query.rows) {
+    sum = AddSplits<kCount, SplitsAtOnce(kCut)>(params, sequence, kv_head, row, share, groups,
                                                 element);
   }
   if constexpr (IsShared(kCut)) sum = SumOverGroups<BlockWarps(kCut)>(sum, groups);
   const float factor = sum.weight == 0.f ? 0.f : 1.f / sum.weight;
-  const int64_t head = static_cast<int64_t>(request.request) * params.num_kv_heads + kv_head;
-  T* out = static_cast<T*>(params.out) + (head * params.rows + row) * kHeadDimV + element;
-  const bool writes = share == 0 && row < params.rows;
+  const int64_t out_row = params.query.Row(sequence.sequence, kv_head, row);
+  T* out = static_cast<T*>(params.out) + out_row * kHeadDimV + element;
+  const bool writes = share == 0 && row < params.query.rows;
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     const uint4 columns = RoundedColumns<T>(sum.o[j], factor);
@@ -278,70 +283,70 @@ __device__ __forceinline__ void CombinePiece(const CombineParams& params,
   }
   if (writes && element == 0) {
     const float lse = log2f(sum.weight) + WeightBase(sum.largest);  // -inf where no key was seen
-    params.lse[LseOffset(params, request.request, kv_head, row)] = NaturalLse(lse);
+    params.lse[params.query.LseRow(sequence.sequence, kv_head, row)] = NaturalLse(lse);
   }
 }
 
-// Groups for a piece: as many as there are blocks for, with at least 4 splits each; where rows are
-// few, all of a block.
+// How many lane groups make a slice: as many as there are blocks for, with at least 4 splits each.
+// Where there are few rows, all lane groups of a block.
 template <Cut kCut>
-__device__ __forceinline__ int GroupsFor(int splits, int most) {
+__device__ __forceinline__ int GroupsFor(int splits, int max_groups) {
   if constexpr (!IsShared(kCut)) return 1;
   if constexpr (kCut == Cut::kFewQuarters) return BlockGroups(kCut);
   int groups = 1;
-  while (groups < most && 2 * groups * 4 <= splits) groups *= 2;
+  while (groups < max_groups && 2 * groups * 4 <= splits) groups *= 2;
   return groups;
 }
 
-// Grid: candidates * h_kv * units, unit fastest: enough units for `most_groups` groups a piece.
+// Grid: candidates * h_kv * units, the unit running fastest. A candidate is a sequence or a bound
+// that may have something to combine. There are enough units for `max_groups` lane groups a slice.
 template <typename T, Cut kCut, bool kMakesSchedule>
 __global__ void __launch_bounds__(BlockThreads(kCut), BlocksPerSm(kCut))
-    CombineKernel(const __grid_constant__ CombineParams params, int units, int most_groups,
-                  bool by_request) {
+    CombineKernel(const __grid_constant__ CombineParams params, int units, int max_groups,
+                  bool by_sequence) {
   const int unit = blockIdx.x % units;
-  const int kv_head = blockIdx.x / units % params.num_kv_heads;
-  const int candidate = blockIdx.x / units / params.num_kv_heads;
-  // The schedule, or what it is made from, is read before the wait, past the L1: decode lets this
-  // kernel start only when it has itself waited for all that came before. Blocks without work so
-  // leave while decode still runs; one waits, so that this kernel does not end before decode.
-  SplitRequest request;
+  const int kv_head = blockIdx.x / units % params.query.num_kv_heads;
+  const int candidate = blockIdx.x / units / params.query.num_kv_heads;
+  // The schedule, or the lengths it is made from, are read before the wait, past the L1. That is
+  // safe because decode lets this kernel start only after it has itself waited for all earlier
+  // kernels. So blocks without work leave while decode still runs. One of them waits all the same:
+  // this kernel must not end before decode does.
+  SplitSequence sequence;
   bool found;
   const int part = (candidate + 1) * kJoinedSplits;
   if constexpr (kMakesSchedule) {
-    found = FindInMade<BlockThreads(kCut)>(params.schedule_input, by_request ? candidate : -1, part,
-                                           &request);
+    found = FindInMade<BlockThreads(kCut)>(params.schedule_input, by_sequence ? candidate : -1,
+                                           part, &sequence);
   } else {
-    found = by_request ? FindByRequest(params.schedule, candidate, &request)
-                       : FindByPart(params.schedule, params.batch, part, &request);
+    found = by_sequence ? FindBySequence(params.schedule, candidate, &sequence)
+                        : FindByPart(params.schedule, params.batch, part, &sequence);
   }
   if (!found) {
     if (blockIdx.x == 0) sm90::WaitForPriorKernels();
     return;
   }
-  const int groups = GroupsFor<kCut>(request.splits, most_groups);
-  const int piece = (unit * BlockGroups(kCut) + threadIdx.x / kGroupLanes) / groups;
+  const int groups = GroupsFor<kCut>(sequence.splits, max_groups);
+  const int slice = (unit * BlockGroups(kCut) + threadIdx.x / kGroupLanes) / groups;
   sm90::WaitForPriorKernels();
-  CombinePiece<T, kCut>(params, request, kv_head, piece, groups);
+  CombineSlice<T, kCut>(params, sequence, kv_head, slice, groups);
 }
 
 struct LaunchPlan {
   Cut cut;
-  int most_groups;  // for a piece
+  int max_groups;  // for a slice
 };
 
-// How many groups share a piece decides in which order its splits are added, so it must not follow
-// from the batch where the splits have a fixed size, and there are equally many parts for each
-// request. So it follows from the splits of a request on average, as if the parts were those of all
-// SMs; and the rest, which changes no bits, from the `rows` of all requests that may have to be
-// combined.
+// The number of lane groups fixes the summation order, hence the bits. For batch invariance (splits
+// of a fixed size, equally many parts for each sequence) it may depend only on the splits of a
+// sequence: it is computed from their average number, as if there were as many parts as SMs. The
+// cut changes no bits; it depends on `rows`, the rows of all candidates.
 LaunchPlan PlanLaunch(const CombineParams& params, int64_t rows) {
-  const int64_t rows_each = int64_t{params.num_kv_heads} * params.rows;
+  const int64_t rows_each = int64_t{params.query.num_kv_heads} * params.query.rows;
   const int64_t splits = std::max(params.schedule.num_parts / params.batch, 1);
   if (splits >= kFewQuartersSplits && rows_each * kQuarters <= splits) {
     return {Cut::kFewQuarters, BlockGroups(Cut::kFewQuarters)};
   }
-  const int64_t parts_of_sms =
-      kSms / (int64_t{params.num_kv_heads} * CeilDiv(params.rows, kTileRows));
+  const int64_t parts_of_sms = kSms / (int64_t{params.query.num_kv_heads} * params.query.row_tiles);
   const int64_t rows_of_sms = std::max<int64_t>(parts_of_sms / splits, 1) * rows_each;
   int groups = BlockGroups(Cut::kQuarters);
   while (groups > 1 && rows_of_sms * kQuarters * groups > kGroupsAtOnce) groups /= 2;
@@ -366,24 +371,23 @@ auto KernelOf(Cut cut) {
 }  // namespace
 
 template <typename T>
-ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream) {
-  constexpr const char* kOp = "flash_mla_with_kvcache";
+ffi::Error LaunchCombine(const char* op, const CombineParams& params, cudaStream_t stream) {
+  const QueryShape& query = params.query;
   const int bounds = (params.schedule.num_parts - 1) / kJoinedSplits;
-  if (bounds == 0) return ffi::Error::Success();  // no request has so many splits
-  const bool by_request = params.batch <= bounds;
-  const int64_t candidates = by_request ? params.batch : bounds;
-  const auto [cut, most_groups] =
-      PlanLaunch(params, candidates * params.num_kv_heads * params.rows);
-  const int64_t groups = int64_t{params.rows} * kQuarters / PieceQuarters(cut) * most_groups;
+  if (bounds == 0) return ffi::Error::Success();  // no sequence can have that many splits
+  const bool by_sequence = params.batch <= bounds;
+  const int64_t candidates = by_sequence ? params.batch : bounds;
+  const auto [cut, max_groups] = PlanLaunch(params, candidates * query.num_kv_heads * query.rows);
+  const int64_t groups = int64_t{query.rows} * kQuarters / SliceQuarters(cut) * max_groups;
   const int64_t units = CeilDiv<int64_t>(groups, BlockGroups(cut));
-  const int64_t blocks = candidates * params.num_kv_heads * units;
-  JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
+  const int64_t blocks = candidates * query.num_kv_heads * units;
+  JAX_FLASHMLA_CHECK(CheckGrid(op, blocks));
   const auto kernel = params.schedule.IsGiven() ? KernelOf<T, false>(cut) : KernelOf<T, true>(cut);
-  return LaunchOverlapped(kOp, stream, {.grid = dim3(blocks), .block = BlockThreads(cut)}, kernel,
-                          params, static_cast<int>(units), most_groups, by_request);
+  return LaunchOverlapped(op, stream, {.grid = dim3(blocks), .block = BlockThreads(cut)}, kernel,
+                          params, static_cast<int>(units), max_groups, by_sequence);
 }
 
-template ffi::Error LaunchCombine<__nv_bfloat16>(const CombineParams&, cudaStream_t);
-template ffi::Error LaunchCombine<__half>(const CombineParams&, cudaStream_t);
+template ffi::Error LaunchCombine<__nv_bfloat16>(const char*, const CombineParams&, cudaStream_t);
+template ffi::Error LaunchCombine<__half>(const char*, const CombineParams&, cudaStream_t);
 
 }  // namespace jax_flashmla

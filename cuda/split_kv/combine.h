@@ -1,7 +1,7 @@
-// Joins the partial results of requests of more splits than decode joins itself.
+// The launch that combines the partial results of sequences with more than kJoinedSplits splits.
 #pragma once
 
-#include "host/ffi.h"
+#include "host/launch.h"
 #include "split_kv/partial_result.cuh"
 #include "split_kv/schedule.cuh"
 
@@ -12,12 +12,14 @@ struct CombineParams {
   PartialResults partial;
   void* out;   // [b, h_kv, rows, d_v]
   float* lse;  // [b, h_q, s_q], natural
-  int batch, num_kv_heads, rows, group, s_q;
-  ScheduleInput schedule_input;  // of the schedule, where none is given
+  int32_t batch;
+  QueryShape query;
+  ScheduleInput schedule_input;  // the schedule is made from this where none is given
 };
 
-// `T` is the type of `out`.
+// `T` is the element type of `out`; `op` is the name of the op in error messages. The decode kernel
+// must be launched right before, on the same stream.
 template <typename T>
-ffi::Error LaunchCombine(const CombineParams& params, cudaStream_t stream);
+ffi::Error LaunchCombine(const char* op, const CombineParams& params, cudaStream_t stream);
 
 }  // namespace jax_flashmla

@@ -1,13 +1,26 @@
-// How the threads of a block make the tile schedule (mla.cuh) from the lengths.
+// The tile schedule: which part of the GPU reads which tiles of which sequence.
 //
-// cost_i = tiles_i + kRequestOverhead; exclusive sums of the costs place the requests on a line; a
-// part is a stretch of `payload` of it. Every request then knows by division where it begins and
-// ends, and which parts begin inside it.
+// The keys of a sequence are cut into tiles of 64 tokens. A sequence costs its tiles, plus
+// kSequenceOverhead for its prologue and epilogue. All sequences are laid end to end on one line,
+// and the line is cut into parts of equal cost (`payload`). Each part is the work of one group of
+// thread blocks:
 //
-// Each thread has a run of requests: as many as make whole aligned parts or, where there are
-// threads to spare, a share of one such part. It reads their lengths once for the sum of their
-// costs and the largest aligned part; a scan over the threads then gives the total and so the
-// payload, and tells each thread where its run begins.
+//   sequences  |ov| tiles of 0      |ov| 1 |ov| tiles of 2                       |
+//   parts      |      0      |      1      |      2      |      3      |    4    |
+//
+// Part p runs from part_bounds[p] to part_bounds[p + 1]. A sequence that several parts share is
+// split: part first_part[i] + s makes split s of sequence i, and num_splits is the running sum of
+// the number of splits.
+//
+// Parts may instead be aligned to the sequences: each holds equally many whole sequences, or each
+// sequence has equally many parts. That needs fewer splits. It is chosen where the largest part is
+// at most 1 / kAlignedTolerance larger than an equal share.
+//
+// How a thread block makes the schedule from the lengths: each thread has a run of sequences (as
+// many as make whole aligned parts; where there are threads to spare, several threads share one
+// part). It reads their lengths once, for the sum of their costs and for the largest aligned part.
+// A scan over the threads gives the total, hence the payload, and where each run begins. From then
+// on each thread finds by division which parts begin inside its sequences.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +35,44 @@
 
 namespace jax_flashmla {
 
-// A number that others are divided by on the device, by multiplication (Granlund and Montgomery,
-// "Division by invariant integers using multiplication", 1994).
+constexpr int kSequenceOverhead = 2;
+constexpr int kAlignedTolerance = 16;
+// Sequences with at most this many splits are joined inside the decode kernel; others go to
+// combine.
+constexpr int kJoinedSplits = 2;
+// Parts below a minimum size are not worth their partial results. With W units of work in all and
+// parts of t tiles, the work takes W / t parts, and each costs its rows of 1 KB and kJoinRows more.
+// Measured on an H200: the sum of both is smallest where kJoinCost * t * t = W * (rows +
+// kJoinRows).
+constexpr int kJoinCost = 4096, kJoinRows = 16;
+// The minimum is never raised above this, in tiles. From there on the number of parts decides.
+constexpr int kMaxMinPartTiles = 8;
+
+// Where a part begins: tile `tile` of sequence `sequence`. (i, 0) is before all of sequence i.
+struct PartBound {
+  int32_t sequence, tile;
+};
+
+// Bounds come from device memory and may be garbage. A bound outside the batch may give wrong
+// results, but must not give wrong addresses.
+__device__ __forceinline__ PartBound ClampToBatch(PartBound bound, int batch) {
+  if (bound.sequence >= batch) return {batch, 0};
+  return {max(bound.sequence, 0), max(bound.tile, 0)};
+}
+
+// The arrays of a schedule. They are null where the call was given none: then each thread block
+// makes its share of the schedule from the lengths.
+struct TileSchedule {
+  const PartBound* part_bounds;  // [num_parts + 1]
+  const int32_t* first_part;     // [batch]
+  const int32_t* num_splits;     // [batch + 1], running sum
+  int32_t num_parts;
+
+  bool IsGiven() const { return part_bounds != nullptr; }
+};
+
+// Divides by a fixed number on the device with a multiplication (Granlund and Montgomery, "Division
+// by invariant integers using multiplication", 1994).
 struct Divisor {
   int32_t value;
   uint32_t multiplier;  // 2^(31 + shift) / value, rounded up
@@ -34,7 +83,7 @@ struct Divisor {
     multiplier =
         static_cast<uint32_t>(CeilDiv(uint64_t{1} << (31 + shift), static_cast<uint64_t>(value)));
   }
-  // Of n from 0 to 2^31 - 1. Rounding the multiplier adds less than 1 / value to the quotient.
+  // For n from 0 to 2^31 - 1. Rounding the multiplier up adds less than 1 / value to the quotient.
   __device__ __forceinline__ int Floor(int n) const {
     return __umulhi(2 * static_cast<uint32_t>(n), multiplier) >> shift;
   }
@@ -45,23 +94,24 @@ struct Divisor {
 struct ScheduleInput {
   const int32_t* cache_seqlens;  // [batch]
   int32_t batch;
-  int32_t rows;  // query rows of a request, those of all KV heads
+  int32_t rows;  // query rows of a sequence, over all KV heads
   Divisor num_parts;
-  // Aligned parts hold so many whole requests each, or are so many a request; the other one is 1.
-  Divisor aligned_requests, aligned_splits;
-  int32_t aligned_runs;  // of aligned_requests each
-  int32_t most_tiles;    // of a request, so that no sum of costs exceeds 2^30
+  // An aligned part holds this many whole sequences, or a sequence has this many aligned parts. One
+  // of the two numbers is 1.
+  Divisor aligned_sequences, aligned_splits;
+  int32_t aligned_runs;  // runs of aligned_sequences sequences
+  int32_t max_tiles;     // of a sequence, so that no sum of costs exceeds 2^30
 
-  // `batch` from 1 on.
+  // `batch` must be at least 1.
   ScheduleInput(const int32_t* cache_seqlens, int32_t batch, int32_t num_parts, int32_t rows)
       : cache_seqlens(cache_seqlens),
         batch(batch),
         rows(rows),
         num_parts(num_parts),
-        aligned_requests(CeilDiv(batch, num_parts)),
+        aligned_sequences(CeilDiv(batch, num_parts)),
         aligned_splits(std::max(num_parts / batch, 1)),
-        aligned_runs(CeilDiv(batch, aligned_requests.value)),
-        most_tiles((1 << 30) / batch - kRequestOverhead) {}
+        aligned_runs(CeilDiv(batch, aligned_sequences.value)),
+        max_tiles((1 << 30) / batch - kSequenceOverhead) {}
 };
 
 // Success if a schedule can be made for this batch and these query rows, else an error.
@@ -71,27 +121,28 @@ inline ffi::Error CheckScheduleInput(const char* op, int64_t batch, int64_t rows
                                    "the batch must be from 1 to " + std::to_string(kMaxBatch) +
                                        ", got " + std::to_string(batch)));
   return CheckArgument(rows >= 1 && rows <= kMaxRows, op,
-                       "the query rows of a request must be from 1 to " + std::to_string(kMaxRows) +
-                           ", got " + std::to_string(rows));
+                       "the query rows of a sequence must be from 1 to " +
+                           std::to_string(kMaxRows) + ", got " + std::to_string(rows));
 }
 
-// A request on the line.
-struct PlacedRequest {
-  int32_t request, begin, tiles;
+// A sequence and where it begins on the line.
+struct PlacedSequence {
+  int32_t sequence, begin, tiles;
 
-  __device__ __forceinline__ int End() const { return begin + kRequestOverhead + tiles; }
+  __device__ __forceinline__ int End() const { return begin + kSequenceOverhead + tiles; }
 };
 
-// A schedule as the `kThreads` threads of a block know it, who make it together: after that each
-// can tell of its own requests, and, where parts are aligned, of any. With `kPastL1` the lengths
-// are read from the L2, for a kernel that reads them before it waits.
+// The schedule as the `kThreads` threads of a block know it after they have made it together. A
+// thread can answer for its own sequences and, where parts are aligned, for every part. With
+// `kPastL1` the lengths are read from the L2: for a kernel that reads them before it has waited for
+// the kernels ahead of it.
 template <int kThreads, bool kPastL1 = false>
 class Scheduler {
  public:
   static constexpr int kWarps = kThreads / sm90::kWarpSize;
   static_assert(kWarps <= sm90::kWarpSize && std::has_single_bit<unsigned>(kThreads));
 
-  // `warp_sums`, in shared memory, is used here and by Scan() alone.
+  // All threads call this. `warp_sums` is shared memory that this constructor and Scan() use.
   __device__ __forceinline__ Scheduler(const ScheduleInput& input, int (&warp_sums)[kWarps])
       : input_(input), warp_sums_(warp_sums) {
     const int log2_sharing = Log2Sharing();
@@ -104,7 +155,7 @@ class Scheduler {
     aligned_ = !__syncthreads_or(largest_part - payload_ > payload_ / kAlignedTolerance);
   }
 
-  // The inclusive prefix sum of `value` over the threads; `total` is the sum of all.
+  // The inclusive prefix sum of `value` over the threads. `total` returns the sum over all threads.
   __device__ __forceinline__ int Scan(int value, int* total) {
     const int lane = threadIdx.x % sm90::kWarpSize, warp = threadIdx.x / sm90::kWarpSize;
     value = WarpScan(value);
@@ -113,83 +164,76 @@ class Scheduler {
     const int until = WarpScan(lane < kWarps ? warp_sums_[lane] : 0);
     *total = __shfl_sync(sm90::kFullWarp, until, kWarps - 1);
     const int before = __shfl_sync(sm90::kFullWarp, until, max(warp - 1, 0));
-    __syncthreads();  // before the next call writes warp_sums_
+    __syncthreads();  // the next call writes warp_sums_
     return value + (warp == 0 ? 0 : before);
   }
 
   __device__ __forceinline__ bool IsAligned() const { return aligned_; }
-  // Where parts are not aligned: the size of a part, and of all of the line.
+  // Where parts are not aligned: the cost of a part, and of the whole line.
   __device__ __forceinline__ int Payload() const { return payload_; }
   __device__ __forceinline__ int Total() const { return total_; }
 
-  // Calls visit(PlacedRequest) for each request of this thread's run.
+  // Calls visit(PlacedSequence) for each sequence of this thread's run.
   template <typename Visit>
-  __device__ __forceinline__ void ForOwnRequests(Visit&& visit) const {
-    PlacedRequest placed = {.request = first_, .begin = begin_};
+  __device__ __forceinline__ void ForOwnSequences(Visit&& visit) const {
+    PlacedSequence placed = {.sequence = first_, .begin = begin_};
 #pragma unroll 1
-    for (; placed.request < last_; ++placed.request) {
-      placed.tiles = Tiles(placed.request);
+    for (; placed.sequence < last_; ++placed.sequence) {
+      placed.tiles = Tiles(placed.sequence);
       visit(placed);
       placed.begin = placed.End();
     }
   }
 
-  // Calls visit(PlacedRequest, its splits) for those of more than `splits`, at least 2. Mostly
-  // there are none, which is told without placing them.
+  // Calls visit(PlacedSequence, number of splits) for each own sequence with more than `splits`
+  // splits (at least 2). Usually there is none, which is found without placing the sequences.
   template <typename Visit>
-  __device__ __forceinline__ void ForOwnRequestsOfMoreSplits(int splits, Visit&& visit) const {
-    if (!MayHaveMoreSplits(largest_request_, splits)) return;
-    ForOwnRequests([&](const PlacedRequest& placed) {
+  __device__ __forceinline__ void ForOwnSequencesOfMoreSplits(int splits, Visit&& visit) const {
+    if (!MayHaveMoreSplits(largest_sequence_, splits)) return;
+    ForOwnSequences([&](const PlacedSequence& placed) {
       if (!MayHaveMoreSplits(placed.tiles, splits)) return;
       const int own_splits = NumSplits(placed);
       if (own_splits > splits) visit(placed, own_splits);
     });
   }
 
-  // The part that makes the first split of a request.
-  __device__ __forceinline__ int FirstPart(const PlacedRequest& placed) const {
+  // The part that makes the first split of a sequence.
+  __device__ __forceinline__ int FirstPart(const PlacedSequence& placed) const {
     if (aligned_) {
-      return input_.aligned_requests.Floor(placed.request) * input_.aligned_splits.value;
+      return input_.aligned_sequences.Floor(placed.sequence) * input_.aligned_splits.value;
     }
-    return min(placed.begin + kRequestOverhead, placed.End() - 1) / payload_;
+    return min(placed.begin + kSequenceOverhead, placed.End() - 1) / payload_;
   }
-  __device__ __forceinline__ int NumSplits(const PlacedRequest& placed) const {
+  __device__ __forceinline__ int NumSplits(const PlacedSequence& placed) const {
     if (!aligned_) return (placed.End() - 1) / payload_ - FirstPart(placed) + 1;
     return placed.tiles == 0 ? 1 : CeilDiv(placed.tiles, SplitTiles(placed.tiles));
   }
 
-  // Where parts are aligned, where part p begins: whole requests, or one of the equal splits of a
-  // request. The parts that a short request leaves over are empty.
+  // Where part p begins if parts are aligned: before whole sequences, or at one of the equal splits
+  // of a sequence. A short sequence does not fill its parts; the rest of them are empty.
   __device__ __forceinline__ PartBound AlignedBound(int p) const {
     const int run = input_.aligned_splits.Floor(p);
     const int split = p - run * input_.aligned_splits.value;
-    const int request = run * input_.aligned_requests.value;
-    if (request >= input_.batch) return {input_.batch, 0};
-    if (split == 0) return {request, 0};
-    const int tiles = Tiles(request);
+    const int sequence = run * input_.aligned_sequences.value;
+    if (sequence >= input_.batch) return {input_.batch, 0};
+    if (split == 0) return {sequence, 0};
+    const int tiles = Tiles(sequence);
     const int first = split * SplitTiles(tiles);
-    return first < tiles ? PartBound{request, first} : PartBound{request + 1, 0};
+    return first < tiles ? PartBound{sequence, first} : PartBound{sequence + 1, 0};
   }
-  // Where they are not, where part p begins if that is in this request.
-  __device__ __forceinline__ PartBound BoundInside(const PlacedRequest& placed, int p) const {
-    return {placed.request, max(0, p * payload_ - placed.begin - kRequestOverhead)};
+  // Where part p begins if parts are not aligned and it begins inside this sequence.
+  __device__ __forceinline__ PartBound BoundInside(const PlacedSequence& placed, int p) const {
+    return {placed.sequence, max(0, p * payload_ - placed.begin - kSequenceOverhead)};
   }
 
  private:
-  // Smaller parts take less time, but leave more partial results to join. With W units of work in
-  // all and parts of t, that is a microsecond a unit against W / t splits, each of which costs as
-  // much as its rows of 1 KB and kJoinRows more: the sum is least where kJoinCost * t * t is
-  // W * (rows + kJoinRows). Measured on an H200.
-  static constexpr int kJoinCost = 4096, kJoinRows = 16;
-  static constexpr int kLargestMinimum = 8;  // beyond it the SMs set the size of a part, not this
-
-  // The smallest part that is worth its partial results.
+  // The smallest part that is worth its partial results. Larger work or more rows than the bounds
+  // here would not change it.
   __device__ __forceinline__ int MinPartTiles() const {
-    // No more changes nothing.
     const int work = min(total_, 1 << 17) * min(input_.rows + kJoinRows, 1 << 13);
     int tiles = 1;
 #pragma unroll
-    for (int t = 1; t < kLargestMinimum; ++t) tiles += kJoinCost * t * t < work ? 1 : 0;
+    for (int t = 1; t < kMaxMinPartTiles; ++t) tiles += kJoinCost * t * t < work ? 1 : 0;
     return tiles;
   }
 
@@ -203,14 +247,14 @@ class Scheduler {
     return value;
   }
 
-  __device__ __forceinline__ int Tiles(int request) const {
-    const int32_t* seqlen = input_.cache_seqlens + request;
+  __device__ __forceinline__ int Tiles(int sequence) const {
+    const int32_t* seqlen = input_.cache_seqlens + sequence;
     const uint32_t length = max(kPastL1 ? __ldcg(seqlen) : *seqlen, 0);
-    return min(static_cast<int>(CeilDiv<uint32_t>(length, kTileTokens)), input_.most_tiles);
+    return min(static_cast<int>(CeilDiv<uint32_t>(length, kTileTokens)), input_.max_tiles);
   }
 
-  // Whether a request of `tiles` may have more than so many splits, at least 2; told faster than
-  // how many it has.
+  // Whether a sequence of `tiles` tiles may have more than `splits` splits (at least 2). A bound,
+  // which costs less than the exact number.
   __device__ __forceinline__ bool MayHaveMoreSplits(int tiles, int splits) const {
     if (aligned_) return input_.aligned_splits.value > splits;
     return tiles > (splits - 1) * payload_;
@@ -218,16 +262,16 @@ class Scheduler {
 
   static __device__ __forceinline__ int CeilLog2(int n) { return 32 - __clz(n - 1); }
 
-  // The logarithm of how many threads, neighbours in a warp, share an aligned run.
+  // The logarithm of the number of threads, neighbours in a warp, that share an aligned run.
   __device__ __forceinline__ int Log2Sharing() const {
     constexpr int kLog2Threads = std::bit_width<unsigned>(kThreads) - 1;
     constexpr int kLog2Lanes = std::bit_width<unsigned>(sm90::kWarpSize) - 1;
     const int spare = max(kLog2Threads - CeilLog2(input_.aligned_runs), 0);
-    return min(min(spare, kLog2Lanes), CeilLog2(input_.aligned_requests.value));
+    return min(min(spare, kLog2Lanes), CeilLog2(input_.aligned_sequences.value));
   }
 
   __device__ __forceinline__ void SetRun(int log2_sharing) {
-    const int run = CeilDiv(input_.aligned_runs, kThreads) * input_.aligned_requests.value;
+    const int run = CeilDiv(input_.aligned_runs, kThreads) * input_.aligned_sequences.value;
     const int sharing = 1 << log2_sharing, thread = threadIdx.x;
     const int share = (run + sharing - 1) >> log2_sharing;
     const int begin = (thread >> log2_sharing) * run, end = min(begin + run, input_.batch);
@@ -235,22 +279,22 @@ class Scheduler {
     last_ = min(first_ + share, end);
   }
 
-  // The sum of the costs of this thread's requests, and the cost of its largest aligned part if no
-  // split is made larger than it must be: min_tiles_ makes none larger than the payload, which is
-  // as large.
+  // The sum of the costs of this thread's sequences. `largest_part` returns the cost of its largest
+  // aligned part. That ignores min_tiles_, which may make splits larger, but never larger than the
+  // payload, which has the same minimum.
   __device__ __forceinline__ int CostOfRun(int sharing, int* largest_part) {
     int sum = 0, part = 0;
-    largest_request_ = 0;
+    largest_sequence_ = 0;
 #pragma unroll 4
-    for (int i = first_, left = input_.aligned_requests.value; i < last_; ++i) {
+    for (int i = first_, left = input_.aligned_sequences.value; i < last_; ++i) {
       const int tiles = Tiles(i);
-      largest_request_ = max(largest_request_, tiles);
-      sum += tiles + kRequestOverhead;
-      part += input_.aligned_splits.value == 1 ? tiles + kRequestOverhead
+      largest_sequence_ = max(largest_sequence_, tiles);
+      sum += tiles + kSequenceOverhead;
+      part += input_.aligned_splits.value == 1 ? tiles + kSequenceOverhead
                                                : input_.aligned_splits.Ceil(tiles);
       *largest_part = max(*largest_part, part);
       if (--left == 0) {
-        left = input_.aligned_requests.value;
+        left = input_.aligned_sequences.value;
         part = 0;
       }
     }
@@ -261,9 +305,9 @@ class Scheduler {
     return sum;
   }
 
-  // The tiles of each split of a request of `tiles`, where parts are aligned; the last one may have
-  // fewer. Of two splits, which decode joins, the first one has a tile more, so that it finds the
-  // second one written.
+  // The tiles of each split of a sequence of `tiles` tiles where parts are aligned; the last split
+  // may have fewer. If there are two splits, decode joins them in the block of the first one. That
+  // split gets one tile more, so that the second one is already written when it ends.
   __device__ __forceinline__ int SplitTiles(int tiles) const {
     const int equal = max(input_.aligned_splits.Ceil(tiles), min_tiles_);
     return equal + (input_.aligned_splits.value == kJoinedSplits ? 1 : 0);
@@ -271,9 +315,9 @@ class Scheduler {
 
   const ScheduleInput& input_;
   int (&warp_sums_)[kWarps];
-  int first_, last_;     // this thread's run of requests
-  int largest_request_;  // of them, in tiles
-  int begin_;            // where it lies on the line
+  int first_, last_;      // this thread's run of sequences
+  int largest_sequence_;  // of the run, in tiles
+  int begin_;             // where the run begins on the line
   int total_, payload_, min_tiles_;
   bool aligned_;
 };

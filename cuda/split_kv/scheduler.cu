@@ -1,15 +1,14 @@
-// Tile scheduler: cuts the key tiles of a batch into equal parts (mla.cuh says how).
+// get_mla_metadata: the tile schedule of a batch, made once for all layers of a step.
 //
-// What: integers only, made as schedule.cuh says. Decode makes the same ones for itself where it is
-// given none.
-//
-// Floor: one launch; 4 bytes read and 8 written a request.
-//
-// Schedule: one block. Aligned parts are written by a thread each, others by the threads that have
-// the requests in which they begin. A scan of the split counts gives num_splits.
+// What     Integers only; schedule.cuh defines them. A decode call that is given no schedule makes
+//          the same one for itself.
+// Floor    One launch; 4 bytes read and 8 bytes written a sequence.
+// Schedule One thread block. Where parts are aligned each thread writes the bounds of some parts.
+//          Elsewhere the thread that has a sequence writes the bounds of the parts that begin in
+//          it. A scan of the split counts gives num_splits.
 #include <cstdint>
 
-#include "host/ffi.h"
+#include "host/launch.h"
 #include "split_kv/schedule.cuh"
 
 namespace jax_flashmla {
@@ -29,7 +28,7 @@ __device__ void WriteBounds(const BlockScheduler& scheduler, const ScheduleInput
     return;
   }
   const int payload = scheduler.Payload();
-  scheduler.ForOwnRequests([&](const PlacedRequest& placed) {
+  scheduler.ForOwnSequences([&](const PlacedSequence& placed) {
     const int end = placed.End();
     for (int p = CeilDiv(placed.begin, payload); p < input.num_parts.value && p * payload < end;
          ++p) {
@@ -44,13 +43,13 @@ __device__ void WriteBounds(const BlockScheduler& scheduler, const ScheduleInput
 
 __device__ void WriteSplits(BlockScheduler& scheduler, int32_t* first_part, int32_t* num_splits) {
   int own = 0, all;
-  scheduler.ForOwnRequests(
-      [&](const PlacedRequest& placed) { own += scheduler.NumSplits(placed); });
+  scheduler.ForOwnSequences(
+      [&](const PlacedSequence& placed) { own += scheduler.NumSplits(placed); });
   int until = scheduler.Scan(own, &all) - own;
-  scheduler.ForOwnRequests([&](const PlacedRequest& placed) {
+  scheduler.ForOwnSequences([&](const PlacedSequence& placed) {
     until += scheduler.NumSplits(placed);
-    first_part[placed.request] = scheduler.FirstPart(placed);
-    num_splits[placed.request + 1] = until;
+    first_part[placed.sequence] = scheduler.FirstPart(placed);
+    num_splits[placed.sequence + 1] = until;
   });
   if (threadIdx.x == 0) num_splits[0] = 0;
 }
@@ -72,7 +71,7 @@ ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_s
   JAX_FLASHMLA_CHECK(CheckDevice(kOp, device));
   const int64_t batch = cache_seqlens.dimensions()[0];
   const int64_t num_parts = part_bounds->dimensions()[0] - 1;
-  JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, kOp, "there must be an SM part"));
+  JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, kOp, "there must be at least one part"));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "part_bounds", part_bounds->dimensions(), {num_parts + 1, 2}));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "first_part", first_part->dimensions(), {batch}));
   JAX_FLASHMLA_CHECK(CheckShape(kOp, "num_splits", num_splits->dimensions(), {batch + 1}));
