@@ -17,7 +17,7 @@ ffi::Error LaunchWith(cudaStream_t stream, const AppendParams& params) {
   const int64_t segments = CeilDiv<int64_t>(row_vectors, kSegmentVectors);
   const int64_t blocks = CeilDiv<int64_t>(params.num_tokens * segments, kWarps);
   return LaunchOverlapped(kOp, stream,
-                          {.grid = dim3(std::min(blocks, kMaxBlocks)), .block = kWarps * kWarpSize},
+                          {.grid = dim3(std::min(blocks, kMaxGrid)), .block = kWarps * kWarpSize},
                           AppendKvKernel<Vector>, params, row_vectors, segments);
 }
 
@@ -40,7 +40,7 @@ ffi::Error AppendKv(cudaStream_t stream, int32_t device, ffi::AnyBuffer k_cache,
   const Dims dims = k_cache.dimensions();
   JAX_FLASHMLA_CHECK(CheckArgument(dims.size() == 4, kOp, "k_cache must have rank 4"));
   JAX_FLASHMLA_CHECK(CheckArgument(new_kv.element_type() == k_cache.element_type(), kOp,
-                                   "new_kv and k_cache must have one dtype"));
+                                   "new_kv and k_cache must have the same dtype"));
   const int64_t num_tokens = slot_mapping.dimensions()[0];
   JAX_FLASHMLA_CHECK(
       CheckShape(kOp, "new_kv", new_kv.dimensions(), {num_tokens, dims[2], dims[3]}));

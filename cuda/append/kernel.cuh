@@ -1,21 +1,20 @@
 // append_kv_cache: writes new tokens into the paged cache, in place.
 //
-// What     cache[slot_mapping[t]] = new_kv[t]. The cache is seen as [num_blocks * page_block_size]
-//          rows of h_kv * d_k elements. A slot outside the pool writes nothing. If two slots are
-//          equal, either token may win, separately for every 16 bytes. The result is the cache
-//          operand: XLA aliases the two.
-// Floor    2 * tokens * row bytes of memory traffic. 100,000 tokens of 1,152 bytes take 54 us at
-// the
-//          4.28 TB/s of a copy. A decode step's few hundred take the latency of a kernel, 2 to 3
-//          us.
-// Schedule A warp copies one segment, up to 2 KiB of one row. Warps share no work:
+// What   cache[slot_mapping[t]] = new_kv[t]. The cache is seen as rows of h_kv * d_k elements, one
+//        for each of its num_blocks * page_block_size slots. A slot outside the pool writes
+//        nothing. If two tokens have the same slot, either may win, separately for every 16 bytes.
+//        The result is the cache operand: XLA aliases the two.
+// Floor  2 * tokens * row bytes of memory traffic. 100,000 tokens of 1,152 bytes take 54 us at the
+//        4.28 TB/s of a copy. A decode step's few hundred tokens take 2 to 3 us, the latency of a
+//        kernel.
+// How    A warp copies one segment, up to 2 KiB of one row. Warps share no work:
 //
-//            row t     |---- segment 0 ----|---- segment 1 ----|- 2 -|     (an MLA row has 1,152
-//            warp            3t                  3t + 1         3t + 2      bytes: one segment)
+//          row t     |---- segment 0 ----|---- segment 1 ----|- 2 -|     (an MLA row has 1,152
+//          warp            3t                  3t + 1         3t + 2      bytes: one segment)
 //
-//          A lane loads the slot and all its vectors at once and then stores them, so a warp waits
-//          for memory once. Data is only moved, so a dtype is just its size. The vector is the
-//          widest (16 bytes or less) of which the row's size and both addresses are multiples.
+//        A lane loads the slot and all its vectors at once and then stores them, so a warp waits
+//        for memory once. Data is only moved, so a dtype is just its size. The vector is the widest
+//        (16 bytes or less) of which the row's size and both addresses are multiples.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,7 +30,6 @@ using sm90::kWarpSize;
 constexpr int kWarps = 4;           // of a block; few, so that a small append spreads over many SMs
 constexpr int kVectorsPerLane = 4;  // 64 bytes in flight a lane saturate the memory
 constexpr int kSegmentVectors = kWarpSize * kVectorsPerLane;
-constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid along x; beyond it the warps loop
 
 struct AppendParams {
   void* cache;

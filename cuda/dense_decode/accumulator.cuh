@@ -24,10 +24,10 @@ class ValueAccumulator {
       if (ThisPiece().HasQueries(i == 0)) v_.Advance(kQueryStages);
       Clear();
       for (int t = 0; t < num_tiles; ++t) {
-        RingCursor<kValueStages> quarters[kBlocks] = {v_, v_};
-        quarters[1].Advance(2);
+        RingCursor<kValueStages> quarters[kOwnQuarters] = {v_, v_};
+        quarters[1].Advance(kValueWarpgroups);
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
+        for (int n = 0; n < kOwnQuarters; ++n) {
           Wait(&smem_.v_ready.full[quarters[n].Stage()], quarters[n].Parity());
         }
         Wait(&smem_.message_ready.full[message_.Stage()], message_.Parity());
@@ -37,7 +37,7 @@ class ValueAccumulator {
           if (valid < kTileTokens) ClearRowsFrom(valid, quarters);
         }
         MultiplyAndAdd(quarters);
-        v_.Advance(4);
+        v_.Advance(kQuarters);
       }
       const bool joins = ThisPiece().AddsOther();
       Wait(&smem_.message_ready.full[message_.Stage()], message_.Parity());
@@ -55,13 +55,14 @@ class ValueAccumulator {
   }
 
  private:
-  static constexpr int kBlocks = kQuarters / kValueWarpgroups;  // quarters of a warpgroup
-  static constexpr int kAccumulators = Epilogue<T, kBlocks>::kAccumulators;
+  static constexpr int kOwnQuarters = kQuarters / kValueWarpgroups;  // quarters of a warpgroup
+  static constexpr int kAccumulators = Epilogue<T, kOwnQuarters>::kAccumulators;
 
   __device__ __forceinline__ const Piece& ThisPiece() const { return smem_.pieces[piece_.Stage()]; }
 
-  // Every lane arrives, not one for the warp: all lanes have cleared rows of V, and some have read
-  // factors.
+  // Every lane arrives, although one lane would do after __syncwarp(): racecheck follows
+  // each thread by itself, and so sees which lanes have cleared rows of V and read
+  // factors. It costs nothing.
   __device__ __forceinline__ void ReleaseMessage() {
     __syncwarp();
     Arrive(&smem_.message_ready.empty[message_.Stage()]);
@@ -78,7 +79,7 @@ class ValueAccumulator {
 
   __device__ __forceinline__ void Clear() {
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kOwnQuarters; ++n) {
 #pragma unroll
       for (int j = 0; j < kAccumulators; ++j) o_[n][j] = 0.f;
     }
@@ -90,7 +91,7 @@ class ValueAccumulator {
     if (!__any_sync(kFullWarp, factor[0] != 1.f || factor[1] != 1.f)) return;
     QuadBroadcast(factor);
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kOwnQuarters; ++n) {
 #pragma unroll
       for (int j = 0; j < kAccumulators; j += 4) {
         o_[n][j] *= factor[0];
@@ -101,13 +102,13 @@ class ValueAccumulator {
     }
   }
 
-  // Clears the rows of V beyond the end of the sequence. Their weights are 0, but the slots of the
-  // last page may hold NaN there, and 0 * NaN is NaN.
+  // Clears the rows of V beyond the end of the sequence. Their weights are 0, but they hold what
+  // lies in the page there, or old data of the stage: perhaps NaN, and 0 * NaN is NaN.
   __device__ __forceinline__ void ClearRowsFrom(
-      int row, const RingCursor<kValueStages> (&quarters)[kBlocks]) {
+      int row, const RingCursor<kValueStages> (&quarters)[kOwnQuarters]) {
     const int units = (kTileTokens - row) * SmemTile<T>::kUnitsPerRow;
 #pragma unroll 1
-    for (int c = 0; c < kBlocks * kQuarterChunks; ++c) {
+    for (int c = 0; c < kOwnQuarters * kQuarterChunks; ++c) {
       const int stage = c < kQuarterChunks ? quarters[0].Stage() : quarters[1].Stage();
       uint4* rows = reinterpret_cast<uint4*>(smem_.v[stage][c % kQuarterChunks].data) +
                     row * SmemTile<T>::kUnitsPerRow;
@@ -122,13 +123,13 @@ class ValueAccumulator {
 
   // O += P V. The first quarter is released while the second one is still multiplied.
   __device__ __forceinline__ void MultiplyAndAdd(
-      const RingCursor<kValueStages> (&quarters)[kBlocks]) {
+      const RingCursor<kValueStages> (&quarters)[kOwnQuarters]) {
     const uint64_t a = smem_.p[message_.Stage()].DescriptorAlongColumns();
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) KeepInRegisters(o_[n]);
+    for (int n = 0; n < kOwnQuarters; ++n) KeepInRegisters(o_[n]);
     WgmmaFence();
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kOwnQuarters; ++n) {
       const uint64_t b = smem_.v[quarters[n].Stage()][0].DescriptorAlongRows();
 #pragma unroll
       for (int k = 0; k < kTileTokens / 16; ++k) {
@@ -141,7 +142,7 @@ class ValueAccumulator {
     Release<kClusterSize>(&smem_.v_ready.empty[quarters[0].Stage()]);
     WgmmaWait<0>();
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) KeepInRegisters(o_[n]);
+    for (int n = 0; n < kOwnQuarters; ++n) KeepInRegisters(o_[n]);
     Release<kClusterSize>(&smem_.v_ready.empty[quarters[1].Stage()]);
     ReleaseMessage();
   }
@@ -152,7 +153,7 @@ class ValueAccumulator {
     const QueryShape& query = params_.query;
     const int row = Opaque(work.row_tile * kTileRows + FragmentRow());
     if (!__any_sync(kFullWarp, row < query.rows)) return;
-    const Epilogue<T, kBlocks> epilogue(o_, index_, row, query.rows);
+    const Epilogue<T, kOwnQuarters> epilogue(o_, index_, row, query.rows);
     if (piece.partial_index >= 0) {
       const PartialResults& partial = params_.partial;
       epilogue.WriteHalfRows(partial.ORow(query, piece.partial_index, work.kv_head, row),
@@ -166,12 +167,13 @@ class ValueAccumulator {
       epilogue.WriteRows(out, factor);
       return;
     }
-    // The quarters of the other split follow the last tile through the ring.
+    // The quarters of the other split follow the last tile through the ring. They come last of all,
+    // so there is nothing to free.
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kOwnQuarters; ++n) {
       Wait(&smem_.v_ready.full[v_.Stage()], v_.Parity());
       const SmemTile<T>* other = smem_.v[v_.Stage()];
-      v_.Advance(2);
+      v_.Advance(kValueWarpgroups);
       epilogue.AddAndWriteQuarter(out, n, factor, other,
                                   smem_.other.weight[index_ + n * kValueWarpgroups]);
     }
@@ -180,7 +182,7 @@ class ValueAccumulator {
   SharedMemoryPlan<T>& smem_;
   const DecodeParams& params_;
   const int index_;
-  float o_[kBlocks][kAccumulators];
+  float o_[kOwnQuarters][kAccumulators];
   RingCursor<kPieceStages> piece_;
   RingCursor<kValueStages> v_;
   RingCursor<kMessageStages> message_;

@@ -11,8 +11,8 @@
 
 namespace jax_flashmla::dense_decode {
 
-using namespace sm90;      // NOLINT: the PTX layer is the instruction set of these files
-using namespace split_kv;  // NOLINT: and these are their pieces and splits
+using namespace sm90;      // NOLINT: used in nearly every line
+using namespace split_kv;  // NOLINT
 
 constexpr int kChunkColumns = 64;
 constexpr int kChunks = kHeadDimK / kChunkColumns;  // of a tile; the last one is rope
@@ -22,9 +22,9 @@ constexpr int kTailChunks = kChunks - kRegisterChunks;
 // These chunks of Q pass through the ring of V columns, in this many stages.
 constexpr int kQueryStages = CeilDiv(kRegisterChunks, kQuarterChunks);
 
-constexpr int kShortBoxTokens = 16;  // the last tile of a sequence is loaded in boxes of this many
+constexpr int kShortBoxTokens = 16;  // a short last tile is loaded in boxes of this many
 constexpr int kValueStages = 11;     // a stage is a quarter of a tile's V columns
-constexpr int kRopeStages = 1;       // rope is needed last and free first
+constexpr int kRopeStages = 1;       // one is enough: S needs rope last, and frees it first
 constexpr int kMessageStages = 2;
 constexpr int kPieceStages = 4;
 constexpr int kPageStages = 4;  // a stage is 32 page ids
@@ -45,7 +45,7 @@ struct SharedMemoryPlan {
   SmemTile<T> q_tail[kTailChunks];
   SmemTile<T> p[kMessageStages];
   float row_factor[kMessageStages][kTileRows];
-  PartBound bounds[kOwnBounds];  // where the block makes the schedule
+  PartBound bounds[kOwnBounds];  // set only if the block makes the schedule itself
   int warp_sums[kThreads / kWarpSize];
   Piece pieces[kPieceStages];
   int32_t pages[kPageStages][kWarpSize];
@@ -61,6 +61,7 @@ struct SharedMemoryPlan {
   template <int kClusterSize>
   __device__ __forceinline__ void InitBarriers() {
     constexpr int kValueThreads = kWarpgroupSize * kValueWarpgroups;
+    // One warpgroup frees a stage of v: value, or score if it held queries.
     v_ready.Init(1, kWarpsPerWarpgroup * kClusterSize);
     rope_ready.Init(1, kWarpsPerWarpgroup * kClusterSize);
     message_ready.Init(kWarpgroupSize, kValueThreads);
@@ -85,7 +86,7 @@ struct DecodeParams {
   // The cost units that all blocks have done so far, plus whatever it held before. It sets the pace
   // of the loaders and nothing else. It shares memory with the flags.
   uint32_t* progress;
-  int32_t loading_blocks;  // how many blocks load keys; 0: more than run at once
+  int32_t loading_blocks;  // 0: not all blocks run at once, so none adapts its pace
   int32_t batch;
   QueryShape query;
   float scale_log2;  // softmax_scale * log2(e)

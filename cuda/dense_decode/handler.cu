@@ -1,5 +1,6 @@
 // The FFI handlers of dense decode: they check the operands and launch decode and combine.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -42,16 +43,16 @@ ffi::Error LaunchKernel(const DecodeMaps& maps, const DecodeParams& params, cuda
 // Whether two blocks form a cluster and share their pages. They must start together and wait for
 // each other, which pays only if there is much to read. The host knows just an upper bound of that:
 // the size of the block table.
-bool SharesPages(const DecodeParams& params) {
+bool UsesCluster(const DecodeParams& params) {
   constexpr int64_t kMinTokens = 1 << 16;  // times row tiles; measured on an H200
   const PageTable& table = params.table;
-  const int64_t tokens = (int64_t{table.max_blocks} << table.page_shift) * params.batch;
+  const int64_t tokens = (int64_t{table.max_pages} << table.page_shift) * params.batch;
   return params.query.row_tiles % 2 == 0 && tokens * params.query.row_tiles > kMinTokens;
 }
 
 template <typename T, bool kMakesSchedule>
 ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
-  return SharesPages(params) ? LaunchKernel<T, 2, kMakesSchedule>(maps, params, stream)
+  return UsesCluster(params) ? LaunchKernel<T, 2, kMakesSchedule>(maps, params, stream)
                              : LaunchKernel<T, 1, kMakesSchedule>(maps, params, stream);
 }
 
@@ -70,8 +71,8 @@ ffi::Error Launch(const DecodeMaps& maps, const DecodeParams& params, cudaStream
                           stream);
 }
 
-// How many blocks load keys where parts are aligned to the sequences; elsewhere a few more do. 0 if
-// they do not all run at once.
+// About how many blocks load keys, by which their loaders set their pace. It is exact if parts are
+// aligned to the sequences and none is empty. 0 if not all blocks of the launch run at once.
 int32_t LoadingBlocks(const ScheduleInput& input, const QueryShape& query) {
   const int64_t blocks_of_part = int64_t{query.num_kv_heads} * query.row_tiles;
   if (input.num_parts.value * blocks_of_part > kSms) return 0;
@@ -121,7 +122,7 @@ ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
       q.element_type() == ffi::DataType::BF16 || q.element_type() == ffi::DataType::F16, kOp,
       "q must be bf16 or fp16"));
   JAX_FLASHMLA_CHECK(CheckArgument(q.element_type() == k_cache.element_type(), kOp,
-                                   "q and k_cache must have one dtype"));
+                                   "q and k_cache must have the same dtype"));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   JAX_FLASHMLA_CHECK(CheckArgument(q_dims.size() == 4 && k_dims.size() == 4, kOp,
                                    "q and k_cache must have rank 4"));
@@ -214,8 +215,8 @@ ffi::Error DenseDecode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
                                      kv_heads * rows);
   const DecodeParams params = {
       .table = {.block_table = block_table.typed_data(),
-                .num_blocks = static_cast<int32_t>(k_dims[0]),
-                .max_blocks = static_cast<int32_t>(max_blocks),
+                .num_pages = static_cast<int32_t>(k_dims[0]),
+                .max_pages = static_cast<int32_t>(max_blocks),
                 .page_shift = std::countr_zero(static_cast<uint64_t>(k_dims[1]))},
       .cache_seqlens = cache_seqlens.typed_data(),
       .causal_offset = optional.causal_offset ? optional.causal_offset->typed_data() : nullptr,

@@ -1,4 +1,4 @@
-// Dense decode: attention of a few queries a sequence over its paged latent cache.
+// Dense decode: attention of a few queries per sequence over its paged latent cache.
 //
 // For 64 query rows (a row tile) and each tile of 64 tokens:
 //
@@ -7,20 +7,18 @@
 //   O = O * factor + P V             64 x 512; V is the first 512 columns of the K tile
 //
 // Floor: the larger of 2 * rows * tokens * (576 + 512) FLOP and tokens * 1152 bytes, by the rates
-// of the card. A tile takes 2176 clocks of the tensor cores for 64 rows, and 72 KB are to be
-// loaded.
+// of the card. A tile keeps the tensor cores busy for 2176 clocks per 64 rows; its keys are 72 KB.
 //
-// A thread block takes a whole SM and has one row tile. It walks over the pieces (runs of key tiles
-// of one sequence) that the schedule gives to its part. Its four warpgroups have three roles:
+// A thread block takes a whole SM and has one row tile of one KV head. It walks over the pieces
+// (runs of key tiles of one sequence) that the schedule gives to its part. Tiles are loaded in
+// chunks of 64 columns; two chunks of V are a quarter. The four warpgroups have three roles:
 //
 //   load    One warp plans: it reads schedule, lengths and block table. One thread loads: it fills
-//   a
-//           ring in shared memory with quarters of V columns (11 stages of 64 x 128), a tile of
-//           rope columns (64 x 64) and, before the tiles of a piece, its queries. Both run ahead of
-//           the other warps, across sequences. One warp joins (see 5).
+//           a ring in shared memory with quarters of V (11 stages of 64 x 128), and a stage with
+//           the rope columns (64 x 64). The queries of a piece come before its tiles. Both run
+//           ahead of the other warps, across sequences. One warp joins (see 5).
 //   score   One warpgroup: S = Q K^T, softmax, writes P. It holds 2/3 of Q in registers.
-//   value   Two warpgroups, each with O for two quarters of the 512 columns: O = O * factor + P V,
-//           then the output.
+//   value   Two warpgroups, each with O for two quarters: O = O * factor + P V, then the output.
 //
 //   tensor cores:  | S(n+1)      | O(n)        | S(n+2)      | O(n+1)      |
 //   score          | S(n+1)      | softmax n+1 | S(n+2)      | softmax n+2 |
@@ -32,24 +30,38 @@
 //    P(n) to value only when it has issued 3/4 of S(n+1). Earlier would be worse: while value
 //    multiplies too, S gets a fifth of the tensor cores. If tile n+1 has not arrived yet, score
 //    announces P(n) at once.
-// 2. With Q in registers there is room for 2.75 tiles in flight, and shared memory moves a sixth
-//    less. Otherwise its traffic would be the limit.
+// 2. With 2/3 of Q in registers there is room for 2.75 tiles in flight, and 272 instead of 320 KB
+//    move through shared memory per tile. Otherwise that traffic would be the limit.
 // 3. Two blocks may form a cluster and work on the same piece for two row tiles. Each loads every
-//    other chunk of a tile and multicasts it to both. That pays where the number of row tiles is
-//    even and there is much to read.
+//    other chunk of a tile and multicasts it to both. The number of row tiles must be even, and it
+//    pays only if there is much to read (UsesCluster in handler.cu).
 // 4. A sequence that parts share is split. Each split leaves a partial result in global memory
 //    (split_kv/partial_result.cuh), and combine adds them.
 // 5. If there are just two splits, the block of the first one adds the second one itself, which
-//    saves the launch (split_kv/join.cuh). With more splits the middle ones end at the same time as
-//    all others do; there a launch costs less than the wait.
+//    saves the launch (split_kv/join.cuh). With more splits this does not pay: the middle splits
+//    end only when the first one does, so its block would wait longer than a launch takes.
 //
-// Rings, and who hands what to whom (each stage has a full and an empty barrier):
-//   v, rope   load -> score, and value for v -> load of both blocks of a cluster, as both write
-//   q_tail    load -> score -> load
-//   message   P and the row factors: score -> value -> score
-//   pages     plan -> load -> plan
+// Rings, and who hands what to whom. Each stage has a full and an empty barrier:
+//
+//   v         load -> score, value -> load. Value alone frees a quarter of keys: it has P only
+//             after score has read the tile. Score frees the stages that hold queries. The rows of
+//             another split come last and are never freed.
+//   rope      load -> score -> load
+//             In a cluster v and rope are freed to the loaders of both blocks, as both write.
+//   q_tail    the other third of Q: load -> score -> load
+//   message   P of a tile and the row factors, or the last factors of a piece: score -> value ->
+//             score
+//   pages     page ids: plan -> load -> plan
 //   pieces    plan -> load, score, value -> plan
-//   other     join -> load, score; once a launch
+//
+// One barrier that is no ring, completed at most once a launch:
+//
+//   other     what a block needs of the other split: join -> load, score; then score -> value with
+//             the last message
+//
+// Across thread blocks: the block of part p may wait for that of part p + 1 (split_kv/join.cuh;
+// BlockWork says why that cannot hang). The blocks of a cluster wait for each other's free stages,
+// and for each other at the start and at the end.
 #pragma once
 
 #include "dense_decode/accumulator.cuh"
@@ -62,6 +74,41 @@ namespace jax_flashmla::dense_decode {
 template <int kClusterSize>
 __device__ __forceinline__ void AwaitCluster() {
   if constexpr (kClusterSize > 1) ClusterWait();
+}
+
+// The three warps of the load warpgroup that have something to do. The warps come back together
+// (__syncwarp) before each wait for the cluster, because barrier.cluster is an aligned instruction.
+template <typename T, int kClusterSize, bool kMakesSchedule>
+__device__ __forceinline__ void RunLoadWarpgroup(SharedMemoryPlan<T>& smem, const LoadMaps& maps,
+                                                 const DecodeParams& params,
+                                                 const BlockWork& work) {
+  const BlockBounds<kMakesSchedule> bounds{smem.bounds, params.schedule, params.batch};
+  const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
+  if (warp == kPlanWarp) {
+    // Plan touches its own block alone, so it waits for the cluster only afterwards. (Under
+    // racecheck the wait returns when all threads are there. Waiting first, plan would then never
+    // get to make room for a block with more than kPieceStages pieces.)
+    const PageSource<kPageStages> source(params.table, params.cache_seqlens, params.causal_offset,
+                                         params.query.s_q, smem.pages, smem.pages_ready);
+    Planner(source, bounds, smem.pieces, smem.pieces_ready).Run(work);
+    __syncwarp();
+    AwaitCluster<kClusterSize>();
+  } else if (warp == kLoadWarp) {
+    Loader<T, kClusterSize> loader(smem, maps, params, work);
+    const bool elected = IsElected();
+    if (elected) loader.LoadFirstQueries(work);
+    __syncwarp();
+    AwaitCluster<kClusterSize>();
+    if (elected) loader.Run(work);
+  } else {
+    AwaitCluster<kClusterSize>();
+    if (warp == kJoinWarp) {
+      Joiner<kWritingWarps, kMakesSchedule>(smem.other, bounds, params.query, params.partial,
+                                            params.flags)
+          .Run(work);
+    }
+  }
+  __syncwarp();
 }
 
 template <typename T, int kClusterSize, bool kMakesSchedule>
@@ -100,34 +147,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     work.ClampBounds(params.batch);
   }
-  const BlockBounds<kMakesSchedule> bounds{smem.bounds, params.schedule, params.batch};
 
   const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
   if (warpgroup == kLoadWarpgroup) {
     ShrinkRegisters<kLoadRegisters>();
-    const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
-    if (warp == kPlanWarp) {
-      const PageSource<kPageStages> source(params.table, params.cache_seqlens, params.causal_offset,
-                                           params.query.s_q, smem.pages, smem.pages_ready);
-      Planner(source, bounds, smem.pieces, smem.pieces_ready).Run(work);
-      __syncwarp();
-      AwaitCluster<kClusterSize>();
-    } else if (warp == kLoadWarp) {
-      Loader<T, kClusterSize> loader(smem, q_map, k_map, k_short_map, o_map, params);
-      const bool elected = IsElected();
-      if (elected) loader.LoadFirstQueries(work);
-      __syncwarp();
-      AwaitCluster<kClusterSize>();
-      if (elected) loader.Run(work);
-    } else {
-      AwaitCluster<kClusterSize>();
-      if (warp == kJoinWarp) {
-        Joiner<kWritingWarps, kMakesSchedule>(smem.other, bounds, params.query, params.partial,
-                                              params.flags)
-            .Run(work);
-      }
-    }
-    __syncwarp();
+    RunLoadWarpgroup<T, kClusterSize, kMakesSchedule>(smem, {q_map, k_map, k_short_map, o_map},
+                                                      params, work);
   } else if (warpgroup == kScoreWarpgroup) {
     GrowRegisters<kScoreRegisters>();
     AwaitCluster<kClusterSize>();

@@ -6,37 +6,36 @@
 
 namespace jax_flashmla::dense_decode {
 
+// The tensor maps of what is loaded: queries, keys in boxes of a tile or a page, keys in short
+// boxes, and the partial results of other splits.
+struct LoadMaps {
+  const CUtensorMap &q, &k, &k_short, &o_partial;
+};
+
 template <typename T, int kClusterSize>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(SharedMemoryPlan<T>& smem, const CUtensorMap& q_map,
-                                    const CUtensorMap& k_map, const CUtensorMap& k_short_map,
-                                    const CUtensorMap& o_map, const DecodeParams& params)
-      : smem_(smem),
-        q_map_(q_map),
-        k_map_(k_map),
-        k_short_map_(k_short_map),
-        o_map_(o_map),
-        params_(params) {
+  __device__ __forceinline__ Loader(SharedMemoryPlan<T>& smem, const LoadMaps& maps,
+                                    const DecodeParams& params, const BlockWork& work)
+      : smem_(smem), maps_(maps), params_(params), kv_head_(work.kv_head) {
     if constexpr (kClusterSize > 1) turn_ = ClusterRank();
   }
 
-  // Loads the queries of the first piece before anything else is known of it; its sequence is
-  // enough. (Piece::HasQueries: the other roles expect them even if the piece has no tiles.) They
-  // go to this block alone, so the other block of a cluster need not be ready.
+  // Loads the queries of the first piece. Only its sequence is known yet: they are loaded even if
+  // the piece turns out to have no tiles (Piece::HasQueries). They go to this block alone, so the
+  // other block of a cluster need not be ready.
   __device__ __forceinline__ void LoadFirstQueries(const BlockWork& work) {
-    kv_head_ = work.kv_head;
-    if constexpr (kPacesItself) {
-      fair_progress_ = ReadRelaxed(params_.progress);
-      progress_ = ReadRelaxed(params_.progress);
+    if constexpr (kIsPaced) {
+      fair_progress_ = progress_ = ReadRelaxed(params_.progress);
     }
     if (work.NumPieces() <= 0) return;
     LoadRegisterQueries(Opaque(work.row_tile) * kTileRows, work.begin.sequence);
   }
 
   __device__ __forceinline__ void Run(const BlockWork& work) {
-    // If only this cluster reads its pages, they need not stay in the L2, which leaves room for
-    // partial results. Where nothing is split this is slower, so it depends on shared sequences.
+    // If no other cluster reads these pages, let them leave the L2 first: that leaves
+    // room for partial results. It is slower if nothing is split, so only a part that
+    // shares a sequence does.
     const bool read_once = params_.query.row_tiles <= kClusterSize;
     const bool shares_sequence = work.begin.tile > 0 || work.end.tile > 0;
     evict_first_ = read_once && shares_sequence;
@@ -45,7 +44,7 @@ class Loader {
       const Piece& piece = smem_.pieces[piece_.Stage()];
       piece_.Advance();  // early: holding the address of its barrier across LoadPiece would spill
       const bool is_first = piece.sequence == work.begin.sequence;
-      if (kPacesItself && !is_first) AddProgress(kSequenceOverhead);
+      if (kIsPaced && !is_first) AddProgress(kSequenceOverhead);
       LoadPiece(work, piece, is_first);
       if (piece.AddsOther()) LoadOtherSplit(work);
       Arrive(&smem_.pieces_ready.empty[piece_.Before(1).Stage()]);
@@ -61,7 +60,7 @@ class Loader {
     }
     if (piece.num_tiles == 0) return;
     end_ = piece.first_tile + piece.num_tiles;
-    OpenBatch(params_.table.FirstPage(piece));
+    OpenIds(params_.table.FirstPage(piece));
 #pragma unroll 1
     for (int t = piece.first_tile; t < end_; ++t) {
       const int tokens = piece.length - t * kTileTokens;
@@ -70,10 +69,11 @@ class Loader {
       } else {
         LoadTile</*kIsShort=*/false>(t, tokens);
       }
-      // After the first tile, because the last piece may still use q_tail. That delays no keys.
+      // After the first tile, because the previous piece may still use q_tail. Score frees it with
+      // that piece's last rope, for which LoadTile has just waited, so this wait delays no keys.
       if (t == piece.first_tile) LoadTailQueries(Opaque(work.row_tile) * kTileRows, piece.sequence);
     }
-    CloseBatch();
+    CloseIds();
   }
 
   // Loads the rows of the other split of the last sequence: a quarter a stage, like a tile.
@@ -87,7 +87,7 @@ class Loader {
       ArriveExpectBytes(full, kQuarterChunks * SmemTile<T>::kBytes);
 #pragma unroll 1
       for (int c = 0; c < kQuarterChunks; ++c) {
-        TmaLoad4d(&smem_.v[v_.Stage()][c], &o_map_, full, kEvictNormal,
+        TmaLoad4d(&smem_.v[v_.Stage()][c], &maps_.o_partial, full, kEvictNormal,
                   (quarter * kQuarterChunks + c) * kChunkColumns, Opaque(work.row_tile) * kTileRows,
                   kv_head_, PartialIndex(Opaque(work.part) + 1, false));
       }
@@ -105,8 +105,8 @@ class Loader {
       ArriveExpectBytes(full, chunks * SmemTile<T>::kBytes);
 #pragma unroll 1
       for (int c = 0; c < chunks; ++c) {
-        TmaLoad4d(&smem_.v[v_.Stage()][c], &q_map_, full, kEvictNormal, (first + c) * kChunkColumns,
-                  row, kv_head_, sequence);
+        TmaLoad4d(&smem_.v[v_.Stage()][c], &maps_.q, full, kEvictNormal,
+                  (first + c) * kChunkColumns, row, kv_head_, sequence);
       }
       v_.Advance();
     }
@@ -118,28 +118,30 @@ class Loader {
     ArriveExpectBytes(&smem_.q_tail_ready.full[0], kTailChunks * SmemTile<T>::kBytes);
 #pragma unroll
     for (int c = 0; c < kTailChunks; ++c) {
-      TmaLoad4d(&smem_.q_tail[c], &q_map_, &smem_.q_tail_ready.full[0], kEvictNormal,
+      TmaLoad4d(&smem_.q_tail[c], &maps_.q, &smem_.q_tail_ready.full[0], kEvictNormal,
                 (kRegisterChunks + c) * kChunkColumns, row, kv_head_, sequence);
     }
   }
 
-  // Loads a tile; `tokens` are left of the sequence from it on. Of a short tile only these are
-  // loaded, rounded up to kShortBoxTokens. The rest of the stage holds old data, which is masked in
-  // S and cleared in V.
+  // Loads a tile; `tokens`: how many the sequence has from this tile on. Of a short tile only these
+  // are loaded, rounded up to kShortBoxTokens. The rest of the stage holds old data, which is
+  // masked in S and cleared in V.
   template <bool kIsShort>
   __device__ __forceinline__ void LoadTile(int tile, int tokens) {
-    const int page = PageOf(tile);
-    if (page == batch_end_) {
-      CloseBatch();
-      OpenBatch(page);
+    const int page = params_.table.PageOf(tile);
+    // No tile straddles two sets of ids: a set begins with a tile, and its 32
+    // pages are whole tiles.
+    if (page == ids_end_) {
+      CloseIds();
+      OpenIds(page);
     }
     const int* ids = PageIds(page);
     first_id_ = *ids;
-    const int row = RowInPage(tile);
+    const int row = params_.table.TokenInPage(tile);
     // With a cluster the arithmetic is the limit, and keys must not be late. Elsewhere memory is
     // the limit, and more loads in flight would be slower.
     if constexpr (kClusterSize > 1 && !kIsShort) PrefetchTile(tile + 1, tokens - kTileTokens);
-    const auto bytes = [&] {  // of a chunk; computed again each time, there is no register for it
+    const auto bytes = [&] {  // of a chunk; computed again each time, because no register is free
       const int boxes =
           kIsShort ? CeilDiv(Opaque(tokens), kShortBoxTokens) : kTileTokens / kShortBoxTokens;
       return boxes * kShortBoxTokens * SmemTile<T>::kRowBytes;
@@ -152,10 +154,10 @@ class Loader {
       }
     };
 #pragma unroll 1
-    for (int quarter = 0; quarter < 4; ++quarter) {
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
       Barrier* full = &smem_.v_ready.full[v_.Stage()];
       Wait(&smem_.v_ready.empty[v_.Stage()], v_.Parity() ^ 1);
-      if constexpr (kPacesItself) Pace();
+      if constexpr (kIsPaced) Pace();
       ArriveExpectBytes(full, kQuarterChunks * bytes());
 #pragma unroll(kIsShort ? 1 : kQuarterChunks)
       for (int c = 0; c < kQuarterChunks; ++c) {
@@ -167,11 +169,12 @@ class Loader {
     ArriveExpectBytes(&smem_.rope_ready.full[rope_.Stage()], bytes());
     load(&smem_.rope[rope_.Stage()], &smem_.rope_ready.full[rope_.Stage()], kChunks - 1);
     rope_.Advance();
-    if constexpr (kPacesItself) FollowProgress();
+    if constexpr (kIsPaced) FollowProgress();
   }
 
   // Where memory is the limit: waits until fewer than max_in_flight_ stages of keys are in flight.
-  // More would not be faster, and each block would wait longer for its next tile.
+  // More would not be faster, and each block would wait longer for its next tile. (After the
+  // queries of a piece some of the stages counted hold queries. That is close enough.)
   __device__ __forceinline__ void Pace() {
     for (; in_flight_ >= max_in_flight_; --in_flight_) {
       const RingCursor<kValueStages> oldest = v_.Before(in_flight_);
@@ -184,6 +187,7 @@ class Loader {
   // all end together. Progress is counted in the cost units of the schedule. The value compared
   // here was read one tile ago, so nobody waits for it.
   __device__ __forceinline__ void FollowProgress() {
+    // By how many cost units this block is ahead of the mean, times the number of blocks.
     const int lead = static_cast<int>(fair_progress_ - progress_), blocks = params_.loading_blocks;
     if (blocks == 0) return;
     max_in_flight_ = lead > blocks ? kFewInFlight : lead < -blocks ? kManyInFlight : kInFlight;
@@ -195,13 +199,14 @@ class Loader {
     CountRelaxed(params_.progress, cost);
   }
 
-  // Prefetches this block's share of a tile into the L2, if its page ids are in the open batch.
-  // Unrolled, because the loader's own time matters here.
+  // Prefetches every other chunk of a tile into the L2; the other block of the cluster prefetches
+  // the rest. Which of them loads a chunk later does not matter. Does nothing if the page ids are
+  // not there yet. Unrolled, because the loader's own time matters here.
   __device__ __forceinline__ void PrefetchTile(int tile, int tokens) {
-    const int page = PageOf(tile);
-    if (tile >= end_ || page >= batch_end_ || IsShort(tokens)) return;
-    const int box_tokens = BoxTokens();
-    const int row = RowInPage(tile);
+    const int page = params_.table.PageOf(tile);
+    if (tile >= end_ || page >= ids_end_ || IsShort(tokens)) return;
+    const int box_tokens = params_.table.BoxTokens();
+    const int row = params_.table.TokenInPage(tile);
     const int* id = PageIds(page);
 #pragma unroll 1
     for (int j = 0; j < kTileTokens; j += box_tokens) {
@@ -209,7 +214,7 @@ class Loader {
       for (int c = 0; c < kChunks; c += kClusterSize) {
         const int chunk = c + (turn_ & 1);
         if (chunk < kChunks) {
-          TmaPrefetch4d(&k_map_, chunk * kChunkColumns, kv_head_, row, *id);
+          TmaPrefetch4d(&maps_.k, chunk * kChunkColumns, kv_head_, row, *id);
         }
       }
       ++id;
@@ -217,34 +222,22 @@ class Loader {
   }
 
   // Whether a tile with this many tokens left is loaded in part. Pages smaller than a tile need no
-  // such case: of them only those that have tokens are loaded.
+  // such case: those past the end have id -1 and read nothing.
   __device__ __forceinline__ bool IsShort(int tokens) const {
-    return tokens <= kTileTokens - kShortBoxTokens && BoxTokens() == kTileTokens;
+    return tokens <= kTileTokens - kShortBoxTokens && params_.table.BoxTokens() == kTileTokens;
   }
 
-  // Where a tile begins: which page of the sequence, and which token in that page.
-  __device__ __forceinline__ int PageOf(int tile) const {
-    return tile * kTileTokens >> params_.table.page_shift;
-  }
-  __device__ __forceinline__ int RowInPage(int tile) const {
-    return tile * kTileTokens & ((1 << params_.table.page_shift) - 1);
-  }
-  // Tokens of a box: a whole tile, or a page if that is smaller.
-  __device__ __forceinline__ int BoxTokens() const {
-    return min(1 << params_.table.page_shift, kTileTokens);
-  }
-
-  // The ids of the open batch, from the id of page `page` of the sequence on.
+  // The open page ids, from that of page `page` of the sequence on.
   __device__ __forceinline__ const int* PageIds(int page) const {
-    return &smem_.pages[pages_.Stage()][page - (batch_end_ - kWarpSize)];
+    return &smem_.pages[pages_.Stage()][page - (ids_end_ - kWarpSize)];
   }
 
-  // The next batch of page ids. Its first id is that of page `page` of the sequence.
-  __device__ __forceinline__ void OpenBatch(int page) {
+  // Opens the next stage of 32 page ids. The first is the id of page `page` of the sequence.
+  __device__ __forceinline__ void OpenIds(int page) {
     Wait(&smem_.pages_ready.full[pages_.Stage()], pages_.Parity());
-    batch_end_ = page + kWarpSize;
+    ids_end_ = page + kWarpSize;
   }
-  __device__ __forceinline__ void CloseBatch() {
+  __device__ __forceinline__ void CloseIds() {
     Arrive(&smem_.pages_ready.empty[pages_.Stage()]);
     pages_.Advance();
   }
@@ -253,11 +246,11 @@ class Loader {
   __device__ __forceinline__ void LoadChunk(SmemTile<T>* tile, Barrier* full, int chunk,
                                             const int* ids, int row) {
     if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block loads it
-    LoadBox(tile->data, k_map_, full, chunk, first_id_, row);
-    const int box_tokens = BoxTokens();
+    LoadBox(tile->data, maps_.k, full, chunk, first_id_, row);
+    const int box_tokens = params_.table.BoxTokens();
 #pragma unroll 1
     for (int j = box_tokens; j < kTileTokens; j += box_tokens) {
-      LoadBox(tile->data + j * kChunkColumns, k_map_, full, chunk, *++ids, row);
+      LoadBox(tile->data + j * kChunkColumns, maps_.k, full, chunk, *++ids, row);
     }
   }
 
@@ -267,13 +260,13 @@ class Loader {
     if (kClusterSize > 1 && (turn_++ & 1)) return;  // the other block loads it
 #pragma unroll 1
     for (int j = 0; j < tokens; j += kShortBoxTokens) {
-      LoadBox(tile->data + j * kChunkColumns, k_short_map_, full, chunk, first_id_, row + j);
+      LoadBox(tile->data + j * kChunkColumns, maps_.k_short, full, chunk, first_id_, row + j);
     }
   }
 
   __device__ __forceinline__ void LoadBox(T* destination, const CUtensorMap& map, Barrier* full,
                                           int chunk, int page_id, int row) {
-    // Without a cluster there is no register that could hold the policy.
+    // Without a cluster no register is free for the policy: choose it again for each load.
     const bool evict_first = kClusterSize > 1 ? evict_first_ : Opaque(evict_first_);
     const CachePolicy policy = evict_first ? kEvictFirst : kEvictNormal;
     if constexpr (kClusterSize == 1) {
@@ -285,20 +278,20 @@ class Loader {
   }
 
   SharedMemoryPlan<T>& smem_;
-  const CUtensorMap &q_map_, &k_map_, &k_short_map_, &o_map_;
+  const LoadMaps& maps_;
   const DecodeParams& params_;
   bool evict_first_;  // whether keys may leave the L2 first
-  int kv_head_;
+  const int kv_head_;
   int end_;       // the end of this piece, as a tile
   int first_id_;  // the page id of this tile, of its first page if it has several
-  static constexpr bool kPacesItself = kClusterSize == 1;
+  static constexpr bool kIsPaced = kClusterSize == 1;
   static constexpr int kFewInFlight = 3, kInFlight = 4, kManyInFlight = 6;
   int in_flight_ = 0, max_in_flight_ = kInFlight;  // stages of keys
   // progress_: cost units done by all blocks so far. fair_progress_: what it would be if every
   // block were as far as this one.
   uint32_t fair_progress_, progress_;
   uint32_t turn_ = 0, q_parity_ = 0;
-  int batch_end_;  // the end of the open batch of page ids, as a page of the sequence
+  int ids_end_;  // the end of the open page ids, as a page of the sequence
   RingCursor<kPieceStages> piece_;
   RingCursor<kPageStages> pages_;
   RingCursor<kValueStages> v_;

@@ -21,6 +21,7 @@ class Scorer {
       const int num_tiles = piece.num_tiles, first_tile = piece.first_tile;
       const int visible[2] = {VisibleKeys(first_row + FragmentRow(), piece),
                               VisibleKeys(first_row + FragmentRow() + 8, piece)};
+      // Every row of the tile sees these: the first row sees fewest.
       const int all_visible = VisibleKeys(first_row, piece);
       OnlineSoftmax softmax;
       if (piece.HasQueries(i == 0)) LoadQueries();
@@ -85,11 +86,12 @@ class Scorer {
     }
   }
 
-  // Tells value that the last P is ready, unless that was done already. Every lane arrives, not one
-  // for the warp: all have written P, and all have read the queries that shared the stages with
-  // keys, which value may clear next.
+  // Tells value that the last P is ready, unless that was done already. Every lane arrives,
+  // although one lane would do after __syncwarp(): racecheck follows each thread by itself, and so
+  // sees that all have written P and have read the queries in stages whose rows value may clear
+  // next. It costs nothing.
   __device__ __forceinline__ void Announce() {
-    if (announce_) Arrive(&smem_.message_ready.full[message_.Stage() ^ 1]);
+    if (announce_) Arrive(&smem_.message_ready.full[message_.Before(1).Stage()]);
     announce_ = false;
   }
 
@@ -129,8 +131,8 @@ class Scorer {
     v_.Advance();
   }
 
-  // Multiplies one chunk of 64 columns. The first one overwrites the scores, the others add to
-  // them.
+  // Multiplies one chunk of 64 columns. The first one overwrites the scores,
+  // the others add to them.
   template <int kChunk>
   __device__ __forceinline__ void MultiplyChunk(float (&scores)[32], const SmemTile<T>& keys) {
     constexpr uint64_t kStep = SmemTile<T>::kStepAlongColumns;
@@ -159,10 +161,10 @@ class Scorer {
     const QueryShape& query = params_.query;
     float factor[2], lse2[2];
     softmax.Finish(factor, lse2);
-    if (piece.invalid) {
+    if (piece.invalid) {  // a kernel cannot raise: the result is NaN
       factor[0] = factor[1] = lse2[0] = lse2[1] = NAN;
     }
-    if (piece.AddsOther()) smem_.other.Weigh(factor, lse2);
+    if (piece.AddsOther()) smem_.other.AddOther(factor, lse2);
     Wait(&smem_.message_ready.empty[message_.Stage()], message_.Parity() ^ 1);
     WriteFactors(factor);
     __syncwarp();

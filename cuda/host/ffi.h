@@ -1,5 +1,5 @@
-// What FFI handlers share: short names for XLA's FFI, and argument checks that return an
-// ffi::Error.
+// What FFI handlers share: short names for XLA's FFI, and argument checks
+// that return an ffi::Error.
 //
 // A handler runs on the host while XLA enqueues work: it checks, launches and returns. It neither
 // allocates nor synchronises, so it may be recorded into a CUDA graph. It reports every failure as

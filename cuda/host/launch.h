@@ -7,10 +7,11 @@
 
 namespace jax_flashmla {
 
+constexpr int64_t kMaxGrid = 0x7fffffff;  // thread blocks along x
+
 // Success if a grid may have this many blocks along x.
 inline ffi::Error CheckGrid(const char* op, int64_t blocks) {
-  constexpr int64_t kMaxBlocks = 0x7fffffff;
-  return CheckArgument(blocks <= kMaxBlocks, op,
+  return CheckArgument(blocks <= kMaxGrid, op,
                        "the shapes need " + std::to_string(blocks) +
                            " thread blocks, more than one launch can have; split the batch");
 }

@@ -17,29 +17,31 @@
 
 namespace jax_flashmla {
 
-// The two powers of 2 that bring elements of up to `largest` near the upper end of fp16's range and
-// back. There 2^29 of that range lie above the subnormal numbers.
+// The two powers of 2 that bring elements of up to `largest` near the upper end of fp16's
+// range and back. The largest element lands in [2^14, 2^15), so elements down to 2^-28 of it
+// stay normal fp16 numbers.
 struct HalfScale {
   float to_half, from_half;
 
   __device__ __forceinline__ explicit HalfScale(float largest) {
-    // 2^14 <= scaled < 2^15, as long as both scales are normal numbers.
+    // 2^14 <= largest * to_half < 2^15, unless `largest` is so small that a scale
+    // would be no normal number.
     const uint32_t exponent = max(__float_as_uint(largest) >> 23, 15u);  // biased by 127
     to_half = __uint_as_float((127 + 14 + 127 - exponent) << 23);
     from_half = __uint_as_float((exponent - 14) << 23);
   }
 };
 
-// One warpgroup's `kBlocks` quarters of O. The quarters are first_quarter, and every
-// (kQuarters / kBlocks)th after it. All pointers to rows point to this thread's first row; its
+// One warpgroup's `kOwnQuarters` quarters of O. The quarters are first_quarter, and every
+// (kQuarters / kOwnQuarters)th after it. All pointers to rows point to this thread's first row; its
 // other row is 8 rows further. Only rows below `end_row` are written.
-template <typename T, int kBlocks>
+template <typename T, int kOwnQuarters>
 class Epilogue {
  public:
   static constexpr int kAccumulators = kTileRows * kQuarterColumns / sm90::kWarpgroupSize;
 
-  __device__ __forceinline__ Epilogue(const float (&o)[kBlocks][kAccumulators], int first_quarter,
-                                      int row, int end_row)
+  __device__ __forceinline__ Epilogue(const float (&o)[kOwnQuarters][kAccumulators],
+                                      int first_quarter, int row, int end_row)
       : o_(o), first_quarter_(first_quarter), row_(row), end_row_(end_row) {}
 
   // In a fragment each lane of a quad holds 2 neighbouring columns of every 8. A transpose gives
@@ -48,7 +50,7 @@ class Epilogue {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < kOwnQuarters; ++n) {
         T* quarter = out + 8 * i * kHeadDimV + Quarter(n) * kQuarterColumns;
 #pragma unroll
         for (int j = 0; j < kQuarterColumns; j += 32) {
@@ -61,8 +63,9 @@ class Epilogue {
     }
   }
 
-  // Writes quarter `n` of the sum of this result and another one. The other one's elements are in
-  // `other`, tiles of 64 columns in the order of WriteHalfRows; `weights` are those of its rows.
+  // Writes quarter `n` of the sum of this result and another one. `other` holds the other one's
+  // elements, tiles of 64 columns in the order of WriteHalfRows: fp16 numbers, whatever T is,
+  // because they are a partial result in a stage made for T. `weights` are the weights of its rows.
   __device__ __forceinline__ void AddAndWriteQuarter(T* out, int n, const float (&factor)[2],
                                                      const sm90::SmemTile<T>* other,
                                                      const float* weights) const {
@@ -88,14 +91,14 @@ class Epilogue {
   // as 16 bytes. `scales`: [4, end_row], from this thread's first row on.
   __device__ __forceinline__ void WriteHalfRows(__half* out, float* scales,
                                                 const float (&factor)[2]) const {
-    float largest[2 * kBlocks], scaled[2 * kBlocks];
+    float largest[2 * kOwnQuarters], scaled[2 * kOwnQuarters];
     LargestFinite(largest);
     sm90::QuadMax(largest);
     WriteScales(scales, largest, factor, scaled);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < kOwnQuarters; ++n) {
 #pragma unroll
         for (int j = 0; j < kQuarterColumns; j += 32) {
           uint32_t words[4];
@@ -112,18 +115,19 @@ class Epilogue {
 
   // Which quarter of the columns o_[n] holds.
   __device__ __forceinline__ int Quarter(int n) const {
-    return first_quarter_ + n * (kQuarters / kBlocks);
+    return first_quarter_ + n * (kQuarters / kOwnQuarters);
   }
 
-  // Writes the scales of this thread's quarters. `scaled` returns what the elements of each must be
-  // multiplied by.
-  __device__ __forceinline__ void WriteScales(float* scales, const float (&largest)[2 * kBlocks],
+  // Writes the scales of this thread's quarters. `scaled` returns what the elements of each
+  // must be multiplied by.
+  __device__ __forceinline__ void WriteScales(float* scales,
+                                              const float (&largest)[2 * kOwnQuarters],
                                               const float (&factor)[2],
-                                              float (&scaled)[2 * kBlocks]) const {
+                                              float (&scaled)[2 * kOwnQuarters]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < kOwnQuarters; ++n) {
         const HalfScale scale(largest[2 * n + i] * factor[i]);
         scaled[2 * n + i] = factor[i] * scale.to_half;
         if (!sm90::IsFirstOfQuad() || row_ + 8 * i >= end_row_) continue;
@@ -134,10 +138,10 @@ class Epilogue {
 
   // The largest finite magnitude among this thread's elements of row i in quarter n. The second
   // pass is for the rare warp that holds an infinity.
-  __device__ __forceinline__ void LargestFinite(float (&largest)[2 * kBlocks]) const {
+  __device__ __forceinline__ void LargestFinite(float (&largest)[2 * kOwnQuarters]) const {
     bool infinite = false;
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kOwnQuarters; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = largest[2 * n + i] = 0.f;
@@ -150,7 +154,7 @@ class Epilogue {
     }
     if (!__any_sync(sm90::kFullWarp, infinite)) return;
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < kOwnQuarters; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = largest[2 * n + i] = 0.f;
@@ -196,7 +200,7 @@ class Epilogue {
         make_uint4(words[0], words[1], words[2], words[3]);
   }
 
-  const float (&o_)[kBlocks][kAccumulators];
+  const float (&o_)[kOwnQuarters][kAccumulators];
   const int first_quarter_, row_, end_row_;
 };
 

@@ -16,7 +16,8 @@ constexpr int kTileRows = 64;    // query rows of a row tile
 constexpr int kQuarters = 4;     // a row of O is written in quarters
 constexpr int kQuarterColumns = kHeadDimV / kQuarters;
 
-// The SMs of an H100 or H200. Kernels are tuned for this number; results do not depend on it.
+// The SMs of an H100 or H200. Kernels are tuned for this number. It also fixes the order in which
+// combine adds splits, so that the bits there do not depend on the SMs of the card.
 constexpr int kSms = 132;
 
 template <typename Int>

@@ -4,9 +4,9 @@
 // FlashAttention): keep a reference value for each row, and weigh a score s by 2^(s - reference).
 // When a score exceeds the reference, raise the reference and rescale what was summed before.
 //
-// Here the reference is not the exact maximum. It is raised only when a score exceeds it by 8 or
-// more (in base 2). Weights then lie below 2^8 instead of 1, which costs no precision in floating
-// point, and most tiles need no rescaling of O.
+// Here the reference is not the exact maximum. It is raised only when a score exceeds it by more
+// than 8 (in base 2). Weights are then at most 2^8 instead of 1, which costs no precision in
+// floating point, and most tiles need no rescaling of O.
 #pragma once
 
 #include "sm90/fragment.cuh"
@@ -50,8 +50,8 @@ class OnlineSoftmax {
   // what the earlier results of each row must be multiplied by.
   __device__ __forceinline__ void RaiseReferences(const float (&d)[32], float scale_log2,
                                                   float (&factor)[2]) {
-    float largest[2] = {fmaxf(PartMax(d, 0, 0), PartMax(d, 0, 1)),
-                        fmaxf(PartMax(d, 1, 0), PartMax(d, 1, 1))};
+    float largest[2] = {fmaxf(ChainMax(d, 0, 0), ChainMax(d, 0, 1)),
+                        fmaxf(ChainMax(d, 1, 0), ChainMax(d, 1, 1))};
     factor[0] = factor[1] = 1.f;
     const bool exceeds = largest[0] * scale_log2 > reference_[0] + kLag ||
                          largest[1] * scale_log2 > reference_[1] + kLag;
@@ -99,7 +99,7 @@ class OnlineSoftmax {
     return reference == -INFINITY ? 0.f : reference;
   }
   // The maximum of every other pair of columns of row `r`. Two such chains run side by side.
-  __device__ __forceinline__ static float PartMax(const float (&d)[32], int r, int part) {
+  __device__ __forceinline__ static float ChainMax(const float (&d)[32], int r, int part) {
     float x = fmaxf(d[4 * part + 2 * r], d[4 * part + 2 * r + 1]);
 #pragma unroll
     for (int j = part + 2; j < 8; j += 2) {

@@ -6,7 +6,7 @@
 // 8j + 2(l%4) and the next. The four lanes of a row are a "quad".
 #pragma once
 
-#include "smem_tile.cuh"
+#include "sm90/smem_tile.cuh"
 
 namespace jax_flashmla::sm90 {
 

@@ -5,7 +5,7 @@
 // Only after that may they read the data, or let the copy engine (TMA) read it.
 #pragma once
 
-#include "cta.cuh"
+#include "sm90/cta.cuh"
 
 namespace jax_flashmla::sm90 {
 

@@ -1,14 +1,14 @@
 // Shared-memory barriers (mbarrier) and the fences around them.
 //
-// The phases of a barrier alternate in parity. A consumer that waits for the k-th completion
-// (k = 0, 1, ...) waits with parity k & 1. A producer that waits for a buffer to be empty, before
-// it fills it for the k-th time, waits with parity (k & 1) ^ 1; on a fresh barrier that returns at
-// once.
+// The phases of a barrier alternate in parity. A consumer that waits for the k-th
+// completion (k = 0, 1, ...) waits with parity k & 1. A producer that waits for a buffer to
+// be empty, before it fills it for the k-th time, waits with parity (k & 1) ^ 1; on a fresh
+// barrier that returns at once.
 #pragma once
 
 #include <cstdint>
 
-#include "cta.cuh"
+#include "sm90/cta.cuh"
 
 namespace jax_flashmla::sm90 {
 

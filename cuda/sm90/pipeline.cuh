@@ -1,12 +1,12 @@
 // Rings of buffers in shared memory, through which the warps of a thread block hand data over.
 //
 // A ring has a fixed number of stages. A producer fills a stage and completes its `full` barrier;
-// the consumers read it and complete its `empty` barrier. Producer and consumers each keep a cursor
-// and must advance it in the same way: a cursor that skips a stage which another one counts makes
-// both wait forever.
+// the consumers read it and complete its `empty` barrier. Producer and consumers each keep a
+// cursor and must advance it in the same way: a cursor that skips a stage which another one counts
+// makes both wait forever.
 #pragma once
 
-#include "fragment.cuh"
+#include "sm90/fragment.cuh"
 
 namespace jax_flashmla::sm90 {
 

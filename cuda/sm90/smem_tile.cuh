@@ -3,7 +3,7 @@
 // position u ^ (row % 8). A tile must be aligned to 1024 bytes.
 #pragma once
 
-#include "wgmma.cuh"
+#include "sm90/wgmma.cuh"
 
 namespace jax_flashmla::sm90 {
 
@@ -28,8 +28,8 @@ struct alignas(1024) SmemTile {
   __device__ __forceinline__ uint64_t DescriptorAlongColumns() const {
     return SwizzledDescriptor(SharedAddress(data), 8 * kRowBytes, 16);
   }
-  // The tile as a wgmma operand whose K axis runs along the rows. Tiles that follow it in an array
-  // continue it along N.
+  // The tile as a wgmma operand whose K axis runs along the rows. Tiles that follow it in an
+  // array continue it along N.
   __device__ __forceinline__ uint64_t DescriptorAlongRows() const {
     return SwizzledDescriptor(SharedAddress(data), 8 * kRowBytes, kBytes);
   }

@@ -5,7 +5,7 @@
 
 #include <cuda.h>  // types only
 
-#include "mbarrier.cuh"
+#include "sm90/mbarrier.cuh"
 
 namespace jax_flashmla::sm90 {
 
@@ -31,8 +31,8 @@ __device__ __forceinline__ void TmaLoad4d(void* destination, const CUtensorMap* 
       : "memory");
 }
 
-// Loads the box to the same place in each block of `block_mask`, and counts on each block's
-// barrier.
+// Loads the box to the same place in each block of `block_mask`, and counts
+// on each block's barrier.
 __device__ __forceinline__ void TmaLoadMulticast4d(void* destination, const CUtensorMap* map,
                                                    Barrier* barrier, CachePolicy policy,
                                                    uint16_t block_mask, int c0, int c1, int c2,

@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "mbarrier.cuh"
+#include "sm90/mbarrier.cuh"
 
 namespace jax_flashmla::sm90 {
 

@@ -1,16 +1,14 @@
 // Combine: the result of a sequence with more splits than decode joins by itself.
 //
-// What     out = sum_s w_s o_s with w_s = 2^(lse_s - lse) and lse = log2 sum_s 2^lse_s, over the
-//          splits s of a sequence. A split that saw no key has lse -inf and counts for nothing.
-// Floor    At most 2 * parts * rows * 1 KB are read, mostly from the L2.
-// Schedule A block first looks for a sequence to combine, and most blocks find none and leave.
-// Either
-//          it looks at one sequence; or, where that makes fewer blocks, at one of every
-//          kJoinedSplits bounds between parts, because a sequence with more splits than that
-//          contains one of them. Rows are cut into slices, a half or a quarter of a row each,
-//          whichever lets all blocks run at once. A lane group of 16 lanes makes a slice, usually
-//          with all splits in flight. Where there are blocks to spare, several lane groups share
-//          the splits of a slice.
+// What   out = sum_s w_s o_s with w_s = 2^(lse_s - lse) and lse = log2 sum_s 2^lse_s, over the
+//        splits s of a sequence. A split that saw no key has lse -inf and counts for nothing.
+// Floor  At most 2 * parts * rows * 1 KB are read, mostly from the L2.
+// How    A block first looks for a sequence to combine; most blocks find none and leave. It looks
+//        at one sequence or, if that makes fewer blocks, at every second bound between parts
+//        (kJoinedSplits): a sequence with three or more splits contains one.
+//        Rows are cut into slices, a half or a quarter of a row each, whichever lets all blocks
+//        run at once. A lane group of 16 lanes makes a slice, usually with all splits in flight.
+//        If there are blocks to spare, several lane groups share the splits of a slice.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -20,7 +18,7 @@
 #include "sm90/fragment.cuh"
 #include "split_kv/combine.h"
 
-namespace jax_flashmla {
+namespace jax_flashmla::split_kv {
 namespace {
 
 constexpr int kLaneElements = 8;  // a lane loads 16 bytes
@@ -49,8 +47,8 @@ constexpr int BlocksPerSm(Cut cut) {
 }
 // Whether several lane groups may share the splits of a slice.
 constexpr bool IsShared(Cut cut) { return SliceQuarters(cut) == 1; }
-// From this average number of splits a sequence on, kFewQuarters is faster where there are few
-// rows.
+// From this average number of splits a sequence on, kFewQuarters is faster
+// where there are few rows.
 constexpr int kFewQuartersSplits = 73;
 constexpr int kGroupsAtOnce = kSms * BlocksPerSm(Cut::kQuarters) * BlockGroups(Cut::kQuarters);
 
@@ -86,11 +84,11 @@ __device__ __forceinline__ bool FindByPart(const TileSchedule& schedule, int bat
          part <= found->first_part + kJoinedSplits;
 }
 
-// The same where the call was given no schedule: the block makes it. It looks at `sequence`, or, if
-// that is negative, at the sequence in which part `part` begins.
+// Does both of the above if the call was given no schedule: the block makes it, and looks at
+// `sequence` or, if that is negative, at the sequence in which part `part` begins.
 template <int kThreads>
-__device__ __forceinline__ bool FindInMade(const ScheduleInput& input, int sequence, int part,
-                                           SplitSequence* found) {
+__device__ __forceinline__ bool FindWithoutSchedule(const ScheduleInput& input, int sequence,
+                                                    int part, SplitSequence* found) {
   using BlockScheduler = Scheduler<kThreads, /*kPastL1=*/true>;
   __shared__ int warp_sums[BlockScheduler::kWarps];
   __shared__ SplitSequence shared;
@@ -134,8 +132,9 @@ __device__ __forceinline__ void AddPacked(float (&sum)[kLaneElements], float wei
 }
 
 // The sum of splits first, first + step, ..., from `element` of a row on. kAtOnce splits are in
-// flight; that number does not change the result. The weights add up to at most the number of
-// splits, so elements that close to the largest float32 overflow, as they do in decode.
+// flight; that number does not change the result. The sum is not normalised yet: it can
+// be as large as the largest element times the number of splits, so elements that close to the
+// largest float32 overflow, as they do in decode.
 template <int kCount, int kAtOnce>
 __device__ __forceinline__ WeightedSum<kCount> AddSplits(const CombineParams& params,
                                                          const SplitSequence& sequence, int kv_head,
@@ -315,8 +314,8 @@ __global__ void __launch_bounds__(BlockThreads(kCut), BlocksPerSm(kCut))
   bool found;
   const int part = (candidate + 1) * kJoinedSplits;
   if constexpr (kMakesSchedule) {
-    found = FindInMade<BlockThreads(kCut)>(params.schedule_input, by_sequence ? candidate : -1,
-                                           part, &sequence);
+    found = FindWithoutSchedule<BlockThreads(kCut)>(params.schedule_input,
+                                                    by_sequence ? candidate : -1, part, &sequence);
   } else {
     found = by_sequence ? FindBySequence(params.schedule, candidate, &sequence)
                         : FindByPart(params.schedule, params.batch, part, &sequence);
@@ -390,4 +389,4 @@ ffi::Error LaunchCombine(const char* op, const CombineParams& params, cudaStream
 template ffi::Error LaunchCombine<__nv_bfloat16>(const char*, const CombineParams&, cudaStream_t);
 template ffi::Error LaunchCombine<__half>(const char*, const CombineParams&, cudaStream_t);
 
-}  // namespace jax_flashmla
+}  // namespace jax_flashmla::split_kv

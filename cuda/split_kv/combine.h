@@ -5,7 +5,7 @@
 #include "split_kv/partial_result.cuh"
 #include "split_kv/schedule.cuh"
 
-namespace jax_flashmla {
+namespace jax_flashmla::split_kv {
 
 struct CombineParams {
   TileSchedule schedule;
@@ -22,4 +22,4 @@ struct CombineParams {
 template <typename T>
 ffi::Error LaunchCombine(const char* op, const CombineParams& params, cudaStream_t stream);
 
-}  // namespace jax_flashmla
+}  // namespace jax_flashmla::split_kv

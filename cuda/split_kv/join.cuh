@@ -1,10 +1,12 @@
 // Joining the two splits of a sequence inside the decode kernel.
 //
-// The first split is the last piece of part p, the second one is the first piece of part p + 1, so
-// the second is usually written long before the first one ends. Its block writes a partial result
-// and sets flags. In the block of the first split the join warp waits for these flags and reads the
-// row factors; the loader brings the rows through the ring; the score warpgroup turns the factors
-// into weights; the value warpgroups add the weighted rows as they write the result.
+// The first split is the last piece of part p, the second one is the first piece of part p + 1,
+// so the second is usually written long before the first one ends. Its block writes a partial
+// result and sets flags. In the block of the first split the join warp waits for these flags and
+// reads the log-sum-exps and scales of the rows; the loader brings the rows through the ring;
+// the score warpgroup turns the scales into weights; the value warpgroups add the weighted rows
+// as they write the result. Rows of the tile beyond the last query row are not set; their
+// results are not written.
 #pragma once
 
 #include <limits>
@@ -18,13 +20,13 @@ namespace jax_flashmla::split_kv {
 struct OtherSplit {
   float lse[kTileRows];                // base 2
   float weight[kQuarters][kTileRows];  // first the scales of the quarters, later their weights
-  Barrier written;                     // completed once a launch, by the join warp
+  Barrier written;                     // completed at most once a launch, by the join warp
 
   __device__ __forceinline__ void Init() { BarrierInit(&written, kWarpSize); }
 
-  // Joins two rows of this thread with the other split: `factor` and `lse2` become those of the
-  // sum.
-  __device__ __forceinline__ void Weigh(float (&factor)[2], float (&lse2)[2]) {
+  // Joins two rows of this thread with the other split: `factor` and `lse2`
+  // become those of the sum.
+  __device__ __forceinline__ void AddOther(float (&factor)[2], float (&lse2)[2]) {
     Wait(&written, 0);
     const int first_row = Opaque(FragmentRow());
 #pragma unroll
@@ -54,20 +56,20 @@ struct OtherSplit {
 template <int kWritingWarps, bool kMakesSchedule>
 class Joiner {
  public:
-  static_assert(kWritingWarps <= kProgressFlag);
+  static_assert(kWritingWarps <= kProgressWord);
 
   __device__ __forceinline__ Joiner(OtherSplit& other, const BlockBounds<kMakesSchedule>& bounds,
                                     const QueryShape& query, const PartialResults& partial,
                                     const PartialFlags& flags)
       : other_(other), bounds_(bounds), query_(query), partial_(partial), flags_(flags) {}
 
-  // If the block's last piece is the first of two splits, waits for the other one and reads its row
-  // factors.
+  // If the block's last piece is the first of two splits, waits for the other one and reads the
+  // log-sum-exps and scales of its rows.
   __device__ __forceinline__ void Run(const BlockWork& work) {
-    if (work.end.tile == 0) return;
+    if (work.end.tile == 0) return;  // shares no sequence with the next part: spares reading bounds
     if (!bounds_.BeginsInSecondOfTwo(work.part, kOwnBegin + 1)) return;
     AwaitFlags(flags_.Of(query_, work, work.part + 1));
-    ReadRowFactors(work);
+    ReadLseAndScales(work);
     Arrive(&other_.written);
   }
 
@@ -87,7 +89,7 @@ class Joiner {
   }
 
   // Each lane reads every 32nd row, past the L1, which does not see the writes of other blocks.
-  __device__ __forceinline__ void ReadRowFactors(const BlockWork& work) const {
+  __device__ __forceinline__ void ReadLseAndScales(const BlockWork& work) const {
     const int first = work.row_tile * kTileRows, index = PartialIndex(work.part + 1, false);
     const float* lse = partial_.LseRow(query_, index, work.kv_head, first);
     const float* scale = partial_.ScaleRow(query_, index, work.kv_head, first);

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <limits>
 #include <optional>
 #include <random>
+#include <string>
 
 #include "host/ffi.h"
 #include "split_kv/work.cuh"
@@ -16,7 +18,18 @@ struct ScheduleOperands {
   I32<1> first_part, num_splits;  // [batch], [batch + 1]
 };
 
-// Checks the schedule, and sets it to null where the call was given none.
+// Success if a schedule can be made for this batch and these query rows, else an error.
+inline ffi::Error CheckScheduleInput(const char* op, int64_t batch, int64_t rows) {
+  constexpr int64_t kMaxBatch = 1 << 24, kMaxRows = std::numeric_limits<int32_t>::max() / 2;
+  JAX_FLASHMLA_CHECK(CheckArgument(batch >= 1 && batch <= kMaxBatch, op,
+                                   "the batch must be from 1 to " + std::to_string(kMaxBatch) +
+                                       ", got " + std::to_string(batch)));
+  return CheckArgument(rows >= 1 && rows <= kMaxRows, op,
+                       "the query rows of a sequence must be from 1 to " +
+                           std::to_string(kMaxRows) + ", got " + std::to_string(rows));
+}
+
+// Checks the schedule, and sets it to null if the call was given none.
 inline ffi::Error ReadSchedule(const char* op, const std::optional<ScheduleOperands>& given,
                                int64_t batch, int64_t num_parts, TileSchedule* schedule) {
   JAX_FLASHMLA_CHECK(CheckArgument(num_parts >= 1, op, "there must be at least one part"));
@@ -38,12 +51,12 @@ struct Scratch {
   ffi::AnyBuffer o;  // fp16 [2 * num_parts, h_kv, rows, d_v]
   F32<4> scale;      // [2 * num_parts, h_kv, 4, rows]
   F32<3> lse;        // [2 * num_parts, h_kv, rows]
-  I32<4> flags;      // [num_parts, h_kv, row_tiles, 2 * kFlagsPerTile]
+  I32<4> flags;      // [num_parts, h_kv, row_tiles, 2 * kFlagsPerRowTile]
 
   int64_t NumParts() const { return flags.dimensions()[0]; }
 
   ffi::Error Check(const char* op, const QueryShape& query) const {
-    constexpr int64_t kFlagWords = kFlagsPerTile * sizeof(Flag) / sizeof(int32_t);
+    constexpr int64_t kFlagWords = kFlagsPerRowTile * sizeof(Flag) / sizeof(int32_t);
     const int64_t partials = kPartialsPerPart * NumParts();
     const int64_t kv_heads = query.num_kv_heads, rows = query.rows;
     JAX_FLASHMLA_CHECK(
@@ -61,7 +74,7 @@ struct Scratch {
     return {static_cast<__half*>(o.untyped_data()), scale.typed_data(), lse.typed_data()};
   }
   Flag* Flags() const { return reinterpret_cast<Flag*>(flags.typed_data()); }
-  uint32_t* Progress() const { return reinterpret_cast<uint32_t*>(Flags() + kProgressFlag); }
+  uint32_t* Progress() const { return reinterpret_cast<uint32_t*>(Flags() + kProgressWord); }
 };
 
 // A value that is different in every call, starting from a random one. A call captured in a CUDA
@@ -72,7 +85,8 @@ inline Flag NextFlagValue() {
     return Flag{random()} << 32 | random();
   }();
   static std::atomic<Flag> calls{0};
-  // The increment of SplitMix64 (Steele et al., 2014) is odd, so no value comes back soon.
+  // The increment of SplitMix64 (Steele et al., 2014) is odd, so a value comes
+  // back after 2^64 calls.
   const Flag value = seed + 0x9e3779b97f4a7c15u * ++calls;
   return value != 0 ? value : NextFlagValue();
 }

@@ -1,4 +1,5 @@
-// The tokens of a sequence in a paged cache: lengths and page ids, for the planner.
+// Paging: which page holds which tokens of a sequence. A cache with another layout of pages gets a
+// source of its own beside this one.
 #pragma once
 
 #include "split_kv/work.cuh"
@@ -7,10 +8,18 @@ namespace jax_flashmla::split_kv {
 
 // Which pages a sequence has.
 struct PageTable {
-  const int32_t* block_table;  // [b, max_blocks]
-  int32_t num_blocks;          // pages of the pool
-  int32_t max_blocks;
+  const int32_t* block_table;  // [b, max_pages]
+  int32_t num_pages;           // pages of the pool
+  int32_t max_pages;
   int32_t page_shift;  // page_block_size = 1 << page_shift
+
+  // Where a tile begins: which page of the sequence, and which token in that page.
+  __device__ __forceinline__ int PageOf(int tile) const { return tile * kTileTokens >> page_shift; }
+  __device__ __forceinline__ int TokenInPage(int tile) const {
+    return tile * kTileTokens & ((1 << page_shift) - 1);
+  }
+  // How many tokens one load brings: a whole tile, or a page if that is smaller.
+  __device__ __forceinline__ int BoxTokens() const { return min(1 << page_shift, kTileTokens); }
 
   // The pages of a piece: from FirstPage up to and not including EndPage.
   __device__ __forceinline__ int FirstPage(const Piece& piece) const {
@@ -23,7 +32,7 @@ struct PageTable {
   }
 };
 
-// Hands page ids to the loader through a ring: a stage is a batch of 32 ids, one a lane. One warp.
+// Hands page ids to the loader through a ring with 32 ids a stage, one from each lane. One warp.
 template <int kStages>
 class PageSource {
  public:
@@ -41,12 +50,12 @@ class PageSource {
 
   // Starts to read what Plan() needs first.
   __device__ __forceinline__ int32_t Prefetch(int sequence, int first_tile) const {
-    return PageOfLane(sequence, int64_t{first_tile} * kTileTokens >> table_.page_shift);
+    return PageIdOfLane(sequence, int64_t{first_tile} * kTileTokens >> table_.page_shift);
   }
 
-  // Fills in how many keys the sequence has. A length beyond the block table is invalid.
-  __device__ __forceinline__ void ReadLength(Piece& piece) const {
-    const int64_t capacity = int64_t{table_.max_blocks} << table_.page_shift;
+  // Fills in length, causal_offset and invalid: a length beyond the block table is invalid.
+  __device__ __forceinline__ void ReadSequence(Piece& piece) const {
+    const int64_t capacity = int64_t{table_.max_pages} << table_.page_shift;
     const int length = cache_seqlens_[piece.sequence];
     piece.invalid = length > capacity;
     piece.length = piece.invalid ? static_cast<int>(capacity) : max(length, 0);
@@ -62,12 +71,14 @@ class PageSource {
     const int lane = threadIdx.x % kWarpSize;
     const int first = table_.FirstPage(piece), end = table_.EndPage(piece);
     for (int page = first; page < end; page += kWarpSize) {
-      if (page > first) id = PageOfLane(piece.sequence, page);
-      const bool outside = page + lane < end && (id < 0 || id >= table_.num_blocks);
+      if (page > first) id = PageIdOfLane(piece.sequence, page);
+      const bool outside = page + lane < end && (id < 0 || id >= table_.num_pages);
       if (outside || page + lane >= end) id = -1;
       const bool any_outside = __any_sync(kFullWarp, outside);
       Wait(&barriers_.empty[cursor_.Stage()], cursor_.Parity() ^ 1);
       pages_[cursor_.Stage()][lane] = id;
+      // The piece was handed over before. Score reads `invalid` only when it finishes the piece,
+      // after tiles whose loads have waited for these page ids.
       if (any_outside && lane == 0) piece.invalid = 1;
       Arrive(&barriers_.full[cursor_.Stage()]);
       cursor_.Advance();
@@ -76,10 +87,10 @@ class PageSource {
 
  private:
   // The block-table entry of page first + lane, -1 beyond the table.
-  __device__ __forceinline__ int32_t PageOfLane(int sequence, int64_t first) const {
+  __device__ __forceinline__ int32_t PageIdOfLane(int sequence, int64_t first) const {
     const int64_t page = first + threadIdx.x % kWarpSize;
-    if (page >= table_.max_blocks) return -1;
-    return table_.block_table[int64_t{sequence} * table_.max_blocks + page];
+    if (page >= table_.max_pages) return -1;
+    return table_.block_table[int64_t{sequence} * table_.max_pages + page];
   }
 
   const PageTable& table_;

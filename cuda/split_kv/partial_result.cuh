@@ -2,9 +2,9 @@
 // or for the combine kernel.
 //
 // Elements are fp16, scaled by a power of 2 for each quarter of a row so that the largest element
-// is near the end of fp16's range (mla/epilogue.cuh). That moves half the bytes of float32. It
-// loses 2^-12 of an element, or 2^-40 of the largest one: less than rounding the result to bf16
-// loses, and as much as rounding it to fp16.
+// is near the end of fp16's range (mla/epilogue.cuh). That moves half the bytes of float32. An
+// element loses at most 2^-11 of itself or, if it is tiny, 2^-39 of the largest one: less than
+// rounding the result to bf16 loses, and as much as rounding it to fp16.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -13,7 +13,7 @@
 
 #include "mla/shapes.cuh"
 
-namespace jax_flashmla {
+namespace jax_flashmla::split_kv {
 
 // Where the partial result of a split is stored. A part shares at most two sequences with other
 // parts, so it has two places: 2 * part + 1 for the first split of a sequence (the part ends in
@@ -44,4 +44,4 @@ struct PartialResults {
   }
 };
 
-}  // namespace jax_flashmla
+}  // namespace jax_flashmla::split_kv

@@ -7,7 +7,7 @@
 namespace jax_flashmla::split_kv {
 
 // One warp. `Source` knows where the tokens of a sequence are (PageSource: in the pages of a block
-// table). It has Prefetch(sequence, first_tile), ReadLength(piece) and Plan(piece, prefetched).
+// table). It has Prefetch(sequence, first_tile), ReadSequence(piece) and Plan(piece, prefetched).
 template <typename Source, int kStages, bool kMakesSchedule>
 class Planner {
  public:
@@ -38,13 +38,13 @@ class Planner {
   __device__ __forceinline__ Piece MakePiece(const BlockWork& work, int sequence, int first) const {
     Piece piece;
     piece.sequence = sequence;
-    source_.ReadLength(piece);
+    source_.ReadSequence(piece);
     const int tiles = piece.length / kTileTokens + (piece.length % kTileTokens != 0);
     const bool continues = sequence == work.end.sequence;  // in the next part
     // The last split runs to the actual length, even if the schedule was made for another one.
-    const int last = continues ? min(work.end.tile, tiles) : tiles;
+    const int end = continues ? min(work.end.tile, tiles) : tiles;
     piece.first_tile = min(first, tiles);
-    piece.num_tiles = max(last - piece.first_tile, 0);
+    piece.num_tiles = max(end - piece.first_tile, 0);
     const bool shared = first > 0 || continues;
     // The bound of the part that makes the second split, if there are two.
     const int second = first > 0 ? kOwnBegin : kOwnBegin + 1;

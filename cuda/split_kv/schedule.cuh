@@ -1,20 +1,21 @@
-// The tile schedule: which part of the GPU reads which tiles of which sequence.
+// The tile schedule: which part (the share of one group of thread blocks) does which
+// tiles of which sequence.
 //
 // The keys of a sequence are cut into tiles of 64 tokens. A sequence costs its tiles, plus
-// kSequenceOverhead for its prologue and epilogue. All sequences are laid end to end on one line,
-// and the line is cut into parts of equal cost (`payload`). Each part is the work of one group of
-// thread blocks:
+// kSequenceOverhead for its prologue and epilogue. All sequences are laid end to end on one
+// line, and the line is cut into parts of equal cost (`payload`). Each part is the work of one
+// group of thread blocks:
 //
 //   sequences  |ov| tiles of 0      |ov| 1 |ov| tiles of 2                       |
 //   parts      |      0      |      1      |      2      |      3      |    4    |
 //
 // Part p runs from part_bounds[p] to part_bounds[p + 1]. A sequence that several parts share is
-// split: part first_part[i] + s makes split s of sequence i, and num_splits is the running sum of
-// the number of splits.
+// split: part first_part[i] + s makes split s of sequence i, and num_splits is the running sum
+// of the number of splits.
 //
 // Parts may instead be aligned to the sequences: each holds equally many whole sequences, or each
-// sequence has equally many parts. That needs fewer splits. It is chosen where the largest part is
-// at most 1 / kAlignedTolerance larger than an equal share.
+// sequence has equally many parts. That needs fewer splits. They are aligned if the largest aligned
+// part is at most 1 / kAlignedTolerance larger than `payload`.
 //
 // How a thread block makes the schedule from the lengths: each thread has a run of sequences (as
 // many as make whole aligned parts; where there are threads to spare, several threads share one
@@ -26,24 +27,21 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <limits>
-#include <string>
 
-#include "host/ffi.h"
 #include "mla/shapes.cuh"
 #include "sm90/cta.cuh"
 
-namespace jax_flashmla {
+namespace jax_flashmla::split_kv {
 
 constexpr int kSequenceOverhead = 2;
 constexpr int kAlignedTolerance = 16;
-// Sequences with at most this many splits are joined inside the decode kernel; others go to
-// combine.
+// Sequences with at most this many splits are joined inside the decode
+// kernel; others go to combine.
 constexpr int kJoinedSplits = 2;
-// Parts below a minimum size are not worth their partial results. With W units of work in all and
-// parts of t tiles, the work takes W / t parts, and each costs its rows of 1 KB and kJoinRows more.
-// Measured on an H200: the sum of both is smallest where kJoinCost * t * t = W * (rows +
-// kJoinRows).
+// Parts below a minimum size are not worth their partial results. With W units of work in all
+// and parts of t tiles, the work takes W / t parts, and each costs its rows of 1 KB and
+// kJoinRows more. Measured on an H200: the sum of both is smallest where kJoinCost * t * t =
+// W * (rows + kJoinRows).
 constexpr int kJoinCost = 4096, kJoinRows = 16;
 // The minimum is never raised above this, in tiles. From there on the number of parts decides.
 constexpr int kMaxMinPartTiles = 8;
@@ -60,8 +58,8 @@ __device__ __forceinline__ PartBound ClampToBatch(PartBound bound, int batch) {
   return {max(bound.sequence, 0), max(bound.tile, 0)};
 }
 
-// The arrays of a schedule. They are null where the call was given none: then each thread block
-// makes its share of the schedule from the lengths.
+// The arrays of a schedule. They are null if the call was given none: then each thread block makes
+// its share of the schedule from the lengths.
 struct TileSchedule {
   const PartBound* part_bounds;  // [num_parts + 1]
   const int32_t* first_part;     // [batch]
@@ -113,17 +111,6 @@ struct ScheduleInput {
         aligned_runs(CeilDiv(batch, aligned_sequences.value)),
         max_tiles((1 << 30) / batch - kSequenceOverhead) {}
 };
-
-// Success if a schedule can be made for this batch and these query rows, else an error.
-inline ffi::Error CheckScheduleInput(const char* op, int64_t batch, int64_t rows) {
-  constexpr int64_t kMaxBatch = 1 << 24, kMaxRows = std::numeric_limits<int32_t>::max() / 2;
-  JAX_FLASHMLA_CHECK(CheckArgument(batch >= 1 && batch <= kMaxBatch, op,
-                                   "the batch must be from 1 to " + std::to_string(kMaxBatch) +
-                                       ", got " + std::to_string(batch)));
-  return CheckArgument(rows >= 1 && rows <= kMaxRows, op,
-                       "the query rows of a sequence must be from 1 to " +
-                           std::to_string(kMaxRows) + ", got " + std::to_string(rows));
-}
 
 // A sequence and where it begins on the line.
 struct PlacedSequence {
@@ -178,7 +165,7 @@ class Scheduler {
   __device__ __forceinline__ void ForOwnSequences(Visit&& visit) const {
     PlacedSequence placed = {.sequence = first_, .begin = begin_};
 #pragma unroll 1
-    for (; placed.sequence < last_; ++placed.sequence) {
+    for (; placed.sequence < end_; ++placed.sequence) {
       placed.tiles = Tiles(placed.sequence);
       visit(placed);
       placed.begin = placed.End();
@@ -202,6 +189,7 @@ class Scheduler {
     if (aligned_) {
       return input_.aligned_sequences.Floor(placed.sequence) * input_.aligned_splits.value;
     }
+    // The part of its first tile, or of the end of its overhead if it has no tile.
     return min(placed.begin + kSequenceOverhead, placed.End() - 1) / payload_;
   }
   __device__ __forceinline__ int NumSplits(const PlacedSequence& placed) const {
@@ -227,8 +215,8 @@ class Scheduler {
   }
 
  private:
-  // The smallest part that is worth its partial results. Larger work or more rows than the bounds
-  // here would not change it.
+  // The smallest part that is worth its partial results. The bounds keep the product within int32:
+  // from 2^17 units on the result is the maximum anyway, and more than 2^13 rows count as 2^13.
   __device__ __forceinline__ int MinPartTiles() const {
     const int work = min(total_, 1 << 17) * min(input_.rows + kJoinRows, 1 << 13);
     int tiles = 1;
@@ -253,8 +241,8 @@ class Scheduler {
     return min(static_cast<int>(CeilDiv<uint32_t>(length, kTileTokens)), input_.max_tiles);
   }
 
-  // Whether a sequence of `tiles` tiles may have more than `splits` splits (at least 2). A bound,
-  // which costs less than the exact number.
+  // Whether a sequence of `tiles` tiles may have more than `splits` splits (at least 2). May say
+  // yes too often, but never no. It costs less than the exact number.
   __device__ __forceinline__ bool MayHaveMoreSplits(int tiles, int splits) const {
     if (aligned_) return input_.aligned_splits.value > splits;
     return tiles > (splits - 1) * payload_;
@@ -270,23 +258,25 @@ class Scheduler {
     return min(min(spare, kLog2Lanes), CeilLog2(input_.aligned_sequences.value));
   }
 
+  // Sets this thread's run of sequences: whole aligned runs, or its share of one.
   __device__ __forceinline__ void SetRun(int log2_sharing) {
     const int run = CeilDiv(input_.aligned_runs, kThreads) * input_.aligned_sequences.value;
     const int sharing = 1 << log2_sharing, thread = threadIdx.x;
     const int share = (run + sharing - 1) >> log2_sharing;
     const int begin = (thread >> log2_sharing) * run, end = min(begin + run, input_.batch);
     first_ = min(begin + (thread & (sharing - 1)) * share, end);
-    last_ = min(first_ + share, end);
+    end_ = min(first_ + share, end);
   }
 
   // The sum of the costs of this thread's sequences. `largest_part` returns the cost of its largest
-  // aligned part. That ignores min_tiles_, which may make splits larger, but never larger than the
-  // payload, which has the same minimum.
+  // aligned part. If a sequence has several parts, only tiles are counted: neither
+  // kSequenceOverhead nor the tile more of SplitTiles(). min_tiles_ is ignored too. It may make a
+  // split larger, but not larger than the payload, which has the same minimum.
   __device__ __forceinline__ int CostOfRun(int sharing, int* largest_part) {
     int sum = 0, part = 0;
     largest_sequence_ = 0;
 #pragma unroll 4
-    for (int i = first_, left = input_.aligned_sequences.value; i < last_; ++i) {
+    for (int i = first_, left = input_.aligned_sequences.value; i < end_; ++i) {
       const int tiles = Tiles(i);
       largest_sequence_ = max(largest_sequence_, tiles);
       sum += tiles + kSequenceOverhead;
@@ -315,11 +305,11 @@ class Scheduler {
 
   const ScheduleInput& input_;
   int (&warp_sums_)[kWarps];
-  int first_, last_;      // this thread's run of sequences
+  int first_, end_;       // this thread's run of sequences
   int largest_sequence_;  // of the run, in tiles
   int begin_;             // where the run begins on the line
   int total_, payload_, min_tiles_;
   bool aligned_;
 };
 
-}  // namespace jax_flashmla
+}  // namespace jax_flashmla::split_kv

@@ -1,17 +1,18 @@
 // get_mla_metadata: the tile schedule of a batch, made once for all layers of a step.
 //
-// What     Integers only; schedule.cuh defines them. A decode call that is given no schedule makes
-//          the same one for itself.
-// Floor    One launch; 4 bytes read and 8 bytes written a sequence.
-// Schedule One thread block. Where parts are aligned each thread writes the bounds of some parts.
-//          Elsewhere the thread that has a sequence writes the bounds of the parts that begin in
-//          it. A scan of the split counts gives num_splits.
+// What   Integers only; schedule.cuh defines them. A decode call that is given no schedule makes
+//        the same one for itself.
+// Floor  One launch; 4 bytes read and 8 written per sequence, 8 written per part.
+// How    One thread block. If parts are aligned, each thread writes the bounds of some parts.
+//        Otherwise the thread that has a sequence writes the bounds of the parts that begin in it.
+//        A scan of the split counts gives num_splits.
 #include <cstdint>
 
 #include "host/launch.h"
+#include "split_kv/operands.h"
 #include "split_kv/schedule.cuh"
 
-namespace jax_flashmla {
+namespace jax_flashmla::split_kv {
 namespace {
 
 constexpr int kThreads = 256;
@@ -65,9 +66,9 @@ __global__ void __launch_bounds__(kThreads)
   WriteSplits(scheduler, first_part, num_splits);
 }
 
-ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_seqlens,
-                             I32Result<2> part_bounds, I32Result<1> first_part,
-                             I32Result<1> num_splits, int64_t rows) {
+ffi::Error TileScheduler(cudaStream_t stream, int32_t device, I32<1> cache_seqlens,
+                         I32Result<2> part_bounds, I32Result<1> first_part, I32Result<1> num_splits,
+                         int64_t rows) {
   JAX_FLASHMLA_CHECK(CheckDevice(kOp, device));
   const int64_t batch = cache_seqlens.dimensions()[0];
   const int64_t num_parts = part_bounds->dimensions()[0] - 1;
@@ -84,7 +85,7 @@ ffi::Error TileSchedulerImpl(cudaStream_t stream, int32_t device, I32<1> cache_s
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_tile_scheduler, TileSchedulerImpl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_tile_scheduler, TileScheduler,
                               ffi::Ffi::Bind()
                                   .Ctx<Stream>()
                                   .Ctx<ffi::DeviceOrdinal>()
@@ -95,4 +96,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_flashmla_tile_scheduler, TileSchedulerImpl,
                                   .Attr<int64_t>("rows"),
                               {ffi::Traits::kCmdBufferCompatible});
 
-}  // namespace jax_flashmla
+}  // namespace jax_flashmla::split_kv

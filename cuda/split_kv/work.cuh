@@ -12,7 +12,7 @@
 
 namespace jax_flashmla::split_kv {
 
-using namespace sm90;  // NOLINT: the PTX layer is the instruction set of these files
+using namespace sm90;  // NOLINT: used in nearly every line
 
 struct BlockWork {
   int part, kv_head, row_tile;
@@ -96,8 +96,8 @@ __device__ __forceinline__ void MakeBounds(const ScheduleInput& input, int num_p
   });
 }
 
-// The four bounds of a block, from the schedule that the call was given or from those that the
-// block made itself.
+// The four bounds of a block, from the schedule that the call was given or from those that
+// the block made itself.
 template <bool kMakesSchedule>
 struct BlockBounds {
   const PartBound (&made)[kOwnBounds];  // in shared memory
@@ -128,19 +128,19 @@ struct BlockBounds {
 // A flag is set when it holds `value`, which is different in every call. The block that waits for a
 // flag clears it afterwards. So old memory contents are never taken for a flag that is set, and a
 // captured call can be replayed.
-constexpr int kFlagsPerTile = 16;
+constexpr int kFlagsPerRowTile = 16;
 // A word of its own in the first line: how far all blocks have come. Writing warps use fewer flags.
-constexpr int kProgressFlag = kFlagsPerTile - 1;
+constexpr int kProgressWord = kFlagsPerRowTile - 1;
 
 struct PartialFlags {
-  Flag* flags;  // [num_parts, h_kv, row_tiles, kFlagsPerTile]
+  Flag* flags;  // [num_parts, h_kv, row_tiles, kFlagsPerRowTile]
   Flag value;
 
   // The flags of the split with which a part begins, for the rows of this block.
   __device__ __forceinline__ Flag* Of(const QueryShape& query, const BlockWork& work,
                                       int part) const {
     const int64_t head = static_cast<int64_t>(part) * query.num_kv_heads + work.kv_head;
-    return flags + (head * query.row_tiles + work.row_tile) * kFlagsPerTile;
+    return flags + (head * query.row_tiles + work.row_tile) * kFlagsPerRowTile;
   }
 
   // A warp sets its flag after it has written its share of the split with which this part begins.
