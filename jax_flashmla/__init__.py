@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA) decode for JAX: our own Hopper kernels inside jax.jit."""
+"""Multi-head latent attention (MLA) decode for JAX, with kernels for Hopper GPUs."""
 
 from ._ffi import EXPORT_DISABLED_CHECKS
 from .append import append_kv_cache, get_slot_mapping

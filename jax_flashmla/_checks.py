@@ -2,22 +2,73 @@
 
 import math
 import numbers
+from collections.abc import Iterable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+INT32_MAX = 2**31 - 1
+IMPLEMENTATIONS = ("auto", "cuda", "xla")
 
 
-def check_array(name: str, x, axes: str, dtypes=None) -> None:
-    """Checks rank and dtype; `axes` is the shape in words, as "b s_q h_q d_k"."""
+def as_array(name: str, value: Any) -> jax.Array:
+    """`value` as a JAX array; numpy arrays and lists of numbers become one."""
+    if value is None:
+        raise TypeError(f"{name} must be an array, got None")
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name} must be an array, got {value}, which has a shape but no values; pass it "
+            "through jax.eval_shape, or make an array of it with jax.numpy.zeros"
+        )
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name} must be an array, got {describe(value)}") from None
+
+
+def int32_array(name: str, value: Any, axes: str) -> jax.Array:
+    """`value` as an i32 array; `axes` is its shape in words, as for `check_array`."""
+    array = as_array(name, value)
+    check_array(name, array, axes, (jnp.int32,))
+    return array
+
+
+def check_array(name: str, x: Any, axes: str, dtypes: Iterable[DTypeLike] | None = None) -> None:
+    """Checks rank, dtype and type; `axes` is the shape in words, as "b s_q h_q d_k"."""
     names = axes.split()
-    if x.ndim != len(names):
+    if len(x.shape) != len(names):
         raise ValueError(f"{name} must have shape [{', '.join(names)}], got {list(x.shape)}")
-    if dtypes is not None and x.dtype not in dtypes:
-        allowed = " or ".join(np.dtype(d).name for d in dtypes)
-        raise TypeError(f"{name} must have dtype {allowed}, got {x.dtype.name}")
+    if dtypes is not None:
+        allowed = [np.dtype(d) for d in dtypes]
+        if x.dtype not in allowed:
+            words = " or ".join(d.name for d in allowed)
+            raise TypeError(f"{name} must have dtype {words}, got {np.dtype(x.dtype).name}")
+    if isinstance(x, jax.Array):
+        _refuse_partial_sums(name, x)
 
 
-def check_axis(name: str, x, axis: int, expected: int, why: str) -> None:
+def _refuse_partial_sums(name: str, x: jax.Array) -> None:
+    """Refuses arrays typed as unreduced or reduced over a mesh axis, in and out of shard_map."""
+    aval = jax.typeof(x)
+    spec, manual = aval.sharding.spec, aval.manual_axis_type
+    if axes := spec.unreduced | manual.unreduced:
+        raise NotImplementedError(
+            f"{name} is unreduced over the mesh axes {sorted(map(str, axes))}, got "
+            f"{aval.str_short()}: each device holds only its part of a sum. Add the parts first, "
+            "with jax.lax.psum inside jax.shard_map or with jax.reshard outside"
+        )
+    if axes := spec.reduced | manual.reduced:
+        raise NotImplementedError(
+            f"{name} is typed as reduced over the mesh axes {sorted(map(str, axes))}, got "
+            f"{aval.str_short()}: only derivatives need that type. Change it first, with "
+            "jax.lax.pcast(..., to='varying') inside jax.shard_map or with jax.reshard outside"
+        )
+
+
+def check_axis(name: str, x: Any, axis: int, expected: int, why: str) -> None:
     """Checks one axis of an array against the size that another argument gives it."""
     if x.shape[axis] != expected:
         raise ValueError(
@@ -25,7 +76,34 @@ def check_axis(name: str, x, axis: int, expected: int, why: str) -> None:
         )
 
 
+def check_decode_shapes(q: Any, k_cache: Any, head_dim_v: int, dtypes: Iterable[DTypeLike]) -> int:
+    """Checks q, k_cache and head_dim_v of a decode against each other; returns head_dim_v."""
+    check_array("q", q, "b s_q h_q d_k", dtypes)
+    check_array("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", (q.dtype,))
+    if 0 in q.shape:
+        raise ValueError(f"q must have no empty axis, got shape {list(q.shape)}")
+    if 0 in k_cache.shape[1:]:
+        raise ValueError(f"only axis 0 of k_cache may be empty, got shape {list(k_cache.shape)}")
+    h_q, d_k = q.shape[2:]
+    check_axis("k_cache", k_cache, 3, d_k, "the d_k of q")
+    if h_q % k_cache.shape[2]:
+        raise ValueError(
+            f"h_kv must divide h_q: k_cache has {k_cache.shape[2]} KV heads, q has {h_q} heads"
+        )
+    d_v = static_int("head_dim_v", head_dim_v)
+    if d_v > d_k:
+        raise ValueError(f"head_dim_v must be at most the d_k of q, {d_k}, got {d_v}")
+    return d_v
+
+
+def check_implementation(implementation: str) -> None:
+    """Checks an op's argument of that name."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+
+
 def check_offset_has_mask(causal: bool) -> None:
+    """Checks that a causal_offset, which was given, comes with causal=True."""
     if not causal:
         raise ValueError(
             "causal_offset moves the boundary of the causal mask, which causal=False turns off; "
@@ -33,25 +111,29 @@ def check_offset_has_mask(causal: bool) -> None:
         )
 
 
-def static_int(name: str, value, minimum: int = 1) -> int:
-    """A Python (or numpy) integer of at least `minimum`; a traced or device value raises."""
-    if isinstance(value, jax.Array) or not isinstance(value, numbers.Integral | np.integer):
-        raise TypeError(f"{name} must be a static Python int, got {_describe(value)}")
+def static_int(name: str, value: Any, minimum: int = 1, maximum: int = INT32_MAX) -> int:
+    """A Python (or numpy) integer from `minimum` to `maximum`; traced and device values raise."""
+    if isinstance(value, jax.Array) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a static Python int, got {describe(value)}")
     if isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be an int of at least {minimum}, got {value}")
+    if value > maximum:
+        limit = "fit into int32" if maximum == INT32_MAX else f"be at most {maximum}"
+        raise ValueError(f"{name} must {limit}, got {value}")
     return int(value)
 
 
-def static_bool(name: str, value) -> bool:
+def static_bool(name: str, value: Any) -> bool:
+    """A Python (or numpy) bool."""
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be a static Python bool, got {_describe(value)}")
+        raise TypeError(f"{name} must be a static Python bool, got {describe(value)}")
     return bool(value)
 
 
-def static_positive_float(name: str, value) -> float:
+def static_positive_float(name: str, value: Any) -> float:
     """A Python (or numpy) number, finite and above 0 also in float32."""
     if isinstance(value, jax.Array | bool) or not isinstance(value, numbers.Real | np.number):
-        raise TypeError(f"{name} must be a static Python number, got {_describe(value)}")
+        raise TypeError(f"{name} must be a static Python number, got {describe(value)}")
     with np.errstate(over="ignore"):
         rounded = float(np.float32(value))
     if not math.isfinite(rounded) or rounded <= 0:
@@ -59,7 +141,13 @@ def static_positive_float(name: str, value) -> float:
     return rounded
 
 
-def _describe(value) -> str:
+def describe(value: Any) -> str:
+    """A value in words, for a message."""
     if isinstance(value, jax.core.Tracer):
         return f"the traced value {value}"
-    return f"{value!r} of type {type(value).__name__}"
+    if isinstance(value, jax.Array):
+        return f"an array of type {jax.typeof(value).str_short()}"
+    text = repr(value)
+    if len(text) > 100:
+        text = f"{text[:100]}..."
+    return f"{text} of type {type(value).__name__}"

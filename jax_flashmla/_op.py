@@ -1,12 +1,12 @@
-"""How an op is defined: one JAX primitive with a kernel on Hopper and plain JAX elsewhere.
+"""Defines an op: a JAX primitive that calls a kernel on Hopper GPUs and runs JAX ops elsewhere.
 
-An op has two forms over the same arguments: `reference`, pure JAX, and `kernel`, pure JAX around
-one FFI call. Which of them stands in a program is decided when it is lowered, by the platform and
-by the static parameter `implementation`:
+An op has two forms with the same arguments and results. `reference` consists of JAX ops. `kernel`
+consists of JAX ops around one FFI call. JAX chooses between them when it lowers a program, by the
+platform and by the op's argument `implementation`:
 
-    "auto"  the kernel on CUDA where every local device is a Hopper GPU (or none is visible, as in
-            lowering for another machine), else the reference. A Hopper machine that cannot run
-            the kernel gets the reference and one warning that names the reason.
+    "auto"  the kernel on a Hopper GPU, else the reference. Where no CUDA device is visible, as in
+            lowering for another machine, "a Hopper GPU" is assumed. A Hopper machine that cannot
+            run the kernel gets the reference, and one warning that names the reason.
     "cuda"  the kernel, or an error.
     "xla"   the reference.
 """
@@ -20,25 +20,28 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _ffi
-
-IMPLEMENTATIONS = ("auto", "cuda", "xla")
+from ._checks import check_implementation
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A primitive and the two forms of it.
+    """A primitive and its two forms.
+
+    Calling the op binds the primitive. Everything that JAX needs of a primitive is derived from
+    the fields: its type rule, lowering, batching rule, and the refusal of derivatives.
 
     Attributes:
-      name: the op's name in jaxprs and in messages.
+      name: the op's name in jaxprs, in profiles and in messages.
       result_types: (*avals, **params) -> [(shape, dtype)], one for each result.
-      reference: (*args, **params) -> results, in pure JAX.
-      kernel: (*args, **params) -> results, the same through the FFI.
+      reference: (*args, **params) -> results, in JAX ops.
+      kernel: (*args, **params) -> the same results, from the FFI call.
       kernel_gap: (*avals, **params) -> why there is no kernel for these shapes, or None.
-      batch: (args, dims, **params) -> (results, dims): the batching rule.
+      batch: (args, dims, **params) -> (results, dims), the batching rule. It also gets the
+        param `implementation`; the functions above do not.
     """
 
     name: str
@@ -49,10 +52,11 @@ class Op:
     batch: Callable[..., tuple[Sequence[jax.Array], Sequence[int | None]]]
     primitive: Primitive = dataclasses.field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         primitive = Primitive(self.name)
         primitive.multiple_results = True
-        primitive.def_impl(functools.partial(_run_eagerly, primitive))
+        # JAX's own rule for eager calls: jax_debug_nans and jax_debug_infs know it.
+        primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
         primitive.def_abstract_eval(self._abstract_eval)
         mlir.register_lowering(primitive, self._lower_elsewhere)
         mlir.register_lowering(primitive, self._lower_for_cuda, platform="cuda")
@@ -61,15 +65,15 @@ class Op:
         ad.primitive_transposes[primitive] = self._refuse_derivative
         object.__setattr__(self, "primitive", primitive)
 
-    def __call__(self, *args, implementation: str, **params) -> list[jax.Array]:
-        """Binds the primitive; inside shard_map all operands vary over the same mesh axes."""
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}"
-            )
-        return self.primitive.bind(*_vary_alike(args), implementation=implementation, **params)
+    def __call__(self, *args: jax.Array, implementation: str, **params: Any) -> list[jax.Array]:
+        """Binds the primitive. Inside shard_map all operands vary over the same mesh axes."""
+        check_implementation(implementation)
+        results: list[jax.Array] = self.primitive.bind(
+            *_cast_to_same_varying_axes(args), implementation=implementation, **params
+        )
+        return results
 
-    def _abstract_eval(self, *avals, implementation, **params):
+    def _abstract_eval(self, *avals: Any, implementation: str, **params: Any) -> list[Any]:
         for aval in avals:
             _refuse_explicit_sharding(self.name, aval)
         return [
@@ -77,20 +81,20 @@ class Op:
             for shape, dtype in self.result_types(*avals, **params)
         ]
 
-    def _refuse_derivative(self, *args, **params):
+    def _refuse_derivative(self, *args: Any, **params: Any) -> None:
         raise NotImplementedError(
             f"{self.name} is an inference op and has no derivative; keep it out of what is "
             "differentiated, or wrap its inputs in jax.lax.stop_gradient"
         )
 
-    def _lower_reference(self, ctx, *args, implementation, **params):
+    def _lower_reference(self, ctx: Any, *args: Any, implementation: str, **params: Any) -> Any:
         return self._lower(self.reference, ctx, *args, **params)
 
-    def _lower(self, form, ctx, *args, **params):
+    def _lower(self, form: Callable[..., Any], ctx: Any, *args: Any, **params: Any) -> Any:
         named = jax.named_scope(self.name)(form)  # so that profiles show the op's name
         return mlir.lower_fun(named, multiple_results=True)(ctx, *args, **params)
 
-    def _lower_elsewhere(self, ctx, *args, implementation, **params):
+    def _lower_elsewhere(self, ctx: Any, *args: Any, implementation: str, **params: Any) -> Any:
         if implementation == "cuda":
             platforms = ctx.platforms or ctx.module_context.platforms
             raise NotImplementedError(
@@ -99,49 +103,32 @@ class Op:
             )
         return self._lower_reference(ctx, *args, implementation=implementation, **params)
 
-    def _lower_for_cuda(self, ctx, *args, implementation, **params):
+    def _lower_for_cuda(self, ctx: Any, *args: Any, implementation: str, **params: Any) -> Any:
         if not self._takes_kernel(ctx.avals_in, implementation, params):
             return self._lower_reference(ctx, *args, implementation=implementation, **params)
         _refuse_partitioning(self.name, ctx.module_context.axis_context)
         return self._lower(self.kernel, ctx, *args, **params)
 
-    def _takes_kernel(self, avals, implementation, params) -> bool:
+    def _takes_kernel(
+        self, avals: Sequence[Any], implementation: str, params: dict[str, Any]
+    ) -> bool:
         if implementation == "xla":
             return False
-        if implementation == "auto" and _ffi.other_device() is not None:
-            return False  # not a Hopper machine: the reference is what it is meant to run
+        if implementation == "auto" and _ffi.non_hopper_device() is not None:
+            return False  # without a warning: such a GPU is meant to run the reference
         missing, gap = _ffi.unavailable_reason(), self.kernel_gap(*avals, **params)
         if missing is None and gap is None:
             return True
         if implementation == "cuda":
             raise NotImplementedError(
                 f'{self.name} with implementation="cuda": {missing or gap}; pass '
-                'implementation="auto" or "xla" for the version in plain JAX'
+                'implementation="auto" or "xla" to run the reference, which consists of JAX ops'
             )
         if missing is not None:
-            _warn_once(f"jax_flashmla runs in plain JAX, without its kernels: {missing}")
+            _warn_once(f"jax_flashmla runs its reference in JAX ops, not its kernels: {missing}")
         else:
-            _warn_once(f"{self.name} runs in plain JAX, without a kernel: {gap}")
+            _warn_once(f"{self.name} runs its reference in JAX ops, not a kernel: {gap}")
         return False
-
-
-def _run_eagerly(primitive, *args, **params):
-    # The jitted function is the same object at every call with these parameters: only that lets
-    # the second call of a shape find the first one's program.
-    call = _jitted(primitive, tuple(sorted(params.items())))
-    if jax.config.jax_disable_jit:
-        with jax.disable_jit(False):
-            return call(*args)
-    return call(*args)
-
-
-@functools.cache
-def _jitted(primitive, params):
-    def call(*args):
-        return primitive.bind(*args, **dict(params))
-
-    call.__name__ = primitive.name
-    return jax.jit(call)
 
 
 @functools.cache
@@ -149,18 +136,19 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def varying_axes(x) -> frozenset:
+def varying_axes(x: jax.Array) -> frozenset[Any]:
     """The manual mesh axes over which `x` may differ from device to device."""
-    return jax.typeof(x).manual_axis_type.varying
+    axes: frozenset[Any] = jax.typeof(x).manual_axis_type.varying
+    return axes
 
 
-def _vary_alike(args):
+def _cast_to_same_varying_axes(args: Sequence[jax.Array]) -> list[jax.Array]:
     """Casts each operand to the union of all operands' varying axes.
 
-    A primitive's result takes its type from one operand. Were that one replicated and another
-    varying, shard_map would take results that differ from device to device for one array.
+    A result takes its type from operand 0. If that one were replicated and another operand varying,
+    shard_map would treat results that differ from device to device as replicated.
     """
-    union = frozenset().union(*map(varying_axes, args))
+    union = frozenset[Any]().union(*map(varying_axes, args))
     return [
         jax.lax.pcast(x, tuple(union - varying_axes(x)), to="varying")
         if union - varying_axes(x)
@@ -169,13 +157,13 @@ def _vary_alike(args):
     ]
 
 
-def _aval_like(aval, shape, dtype):
-    """An abstract value on the mesh and the varying axes of `aval`, sharded over none."""
+def _aval_like(aval: Any, shape: Sequence[Any], dtype: Any) -> Any:
+    """An abstract value on the mesh and the varying axes of `aval`, sharded over no axis."""
     sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*(None for _ in shape)))
     return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def _refuse_explicit_sharding(name, aval):
+def _refuse_explicit_sharding(name: str, aval: Any) -> None:
     if any(axis is not None for axis in aval.sharding.spec):
         raise NotImplementedError(
             f"{name} got an operand of type {aval.str_short()}, sharded over explicit mesh axes, "
@@ -183,8 +171,8 @@ def _refuse_explicit_sharding(name, aval):
         )
 
 
-def _refuse_partitioning(name, axis_context):
-    """XLA cannot partition a custom call: it would gather every operand, the cache too."""
+def _refuse_partitioning(name: str, axis_context: Any) -> None:
+    """Refuses a call that XLA would partition: it would gather every operand, the cache too."""
     manual = getattr(axis_context, "manual_axes", None)
     if manual is None:
         devices = getattr(axis_context, "num_devices", None) or 1
@@ -195,6 +183,6 @@ def _refuse_partitioning(name, axis_context):
         where = f"in a jax.shard_map that leaves the mesh axes {automatic} to XLA"
     if devices > 1:
         raise NotImplementedError(
-            f"{name} stands {where}: XLA would gather the whole cache on each device; call it "
+            f"{name} is called {where}: XLA would gather the whole cache on each device; call it "
             "inside a jax.shard_map over all axes of the mesh"
         )

@@ -1,13 +1,23 @@
 """Writing new tokens into the paged cache."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_array, check_axis, static_int
+from ._checks import (
+    INT32_MAX,
+    as_array,
+    check_array,
+    check_axis,
+    check_implementation,
+    int32_array,
+    static_int,
+)
 from ._op import Op
 from .reference import append as reference
 
-_INT32_MAX = 2**31 - 1
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -20,21 +30,28 @@ def append_kv_cache(
 ) -> jax.Array:
     """Writes tokens into slots of the paged cache, in place, and returns the cache.
 
-    Inside jit the cache is updated in place where it is not used afterwards, in loops too: keep
-    it in the carry, and donate it to the jitted function (`jax.jit(step, donate_argnums=...)`).
-    Called outside jit, nothing is donated: the whole cache is copied.
+    Inside jit the cache is updated in place where it is not used afterwards, in loops too. Keep it
+    in the loop's carry, and donate it to the jitted function
+    (`jax.jit(step, donate_argnums=...)`). Outside jit nothing is donated, so that the whole cache
+    is copied.
 
-    One buffer may hold the pages of all layers; then offset slots and block tables by layer.
+    One buffer may hold the pages of all layers. Then offset slots and block tables by layer.
 
-    Under vmap the cache must be mapped; along axis 0, in and out, it is updated in place.
+    Under vmap the cache must be mapped. It is updated in place where it is mapped along axis 0, in
+    and out. For jax.export with symbolic sizes, give `jax.export.symbolic_shape` a constraint that
+    bounds the slots of all examples to int32, such as "n*p <= 33554431" for n caches of p pages of
+    64 tokens. Without it "auto" is the reference too, which is right for any sizes.
+
+    Paged caches are described in https://arxiv.org/abs/2309.06180.
 
     Args:
       k_cache: [num_blocks, page_block_size, h_kv, d_k], bf16, fp16 or f32.
-      new_kv: [tokens, h_kv, d_k] in k_cache's dtype; [tokens, d_k] where h_kv is 1.
+      new_kv: [tokens, h_kv, d_k] in k_cache's dtype; or [tokens, d_k] where h_kv is 1.
       slot_mapping: i32 [tokens], page_id * page_block_size + offset for each token, as
-        `get_slot_mapping` gives it. A slot outside the pool, a negative one included, writes
-        nothing; of two equal slots either may win, in each element by itself.
-      implementation: "auto", "cuda" or "xla".
+        `get_slot_mapping` gives it. A slot outside the pool, a negative one too, writes nothing.
+        Where two slots are equal, each element of the slot gets one of the two tokens' values.
+      implementation: "auto": our kernel on a Hopper GPU, the reference in JAX ops elsewhere.
+        "cuda": the kernel or an error. "xla": the reference.
 
     Returns:
       The cache.
@@ -42,15 +59,26 @@ def append_kv_cache(
     Raises:
       TypeError, ValueError: an argument is not as described.
       NotImplementedError: implementation is "cuda" and there is no kernel here; or vmap maps the
-        tokens and not the cache.
+        tokens and not the cache; or an array is unreduced or reduced over a mesh axis.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_flashmla as fm
+      >>> k_cache = jnp.zeros((2, 4, 1, 8))  # 2 pages of 4 tokens
+      >>> k_cache = fm.append_kv_cache(
+      ...     k_cache, jnp.ones((2, 1, 8)), jnp.array([1, 6], jnp.int32)
+      ... )
+      >>> k_cache[..., 0, 0]
+      Array([[0., 1., 0., 0.],
+             [0., 0., 1., 0.]], dtype=float32)
     """
-    k_cache, new_kv, slot_mapping = map(jnp.asarray, (k_cache, new_kv, slot_mapping))
+    check_implementation(implementation)
+    k_cache, new_kv = as_array("k_cache", k_cache), as_array("new_kv", new_kv)
     check_array("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", _DTYPES)
     h_kv, d_k = k_cache.shape[2:]
     if new_kv.ndim == 2 and h_kv == 1:
         new_kv = new_kv[:, None]
     check_array("new_kv", new_kv, "tokens h_kv d_k", (k_cache.dtype,))
-    check_array("slot_mapping", slot_mapping, "tokens", (jnp.int32,))
+    slot_mapping = int32_array("slot_mapping", slot_mapping, "tokens")
     check_axis("new_kv", new_kv, 1, h_kv, "the h_kv of k_cache")
     check_axis("new_kv", new_kv, 2, d_k, "the d_k of k_cache")
     check_axis("slot_mapping", slot_mapping, 0, new_kv.shape[0], "the tokens of new_kv")
@@ -65,48 +93,63 @@ def get_slot_mapping(
     """The slots of tokens in the paged cache, for `append_kv_cache`.
 
     Args:
-      block_table: i32 [b, max_blocks], the pages of each sequence.
+      block_table: i32 [b, max_blocks], the pages of each sequence in order.
       positions: i32 [b, n], 0-based positions of tokens in their sequences.
-      page_block_size: tokens a page.
+      page_block_size: tokens of a page, a static int.
 
     Returns:
-      i32 [b, n]: page_id * page_block_size + offset; -1 where the position is negative or past
-      the table, or its table entry is negative or beyond what an int32 slot can address.
+      i32 [b, n]: page_id * page_block_size + offset. It is -1 where the position is negative or
+      past the table, and where its table entry is negative or so large that int32 cannot hold the
+      slot.
 
     Raises:
       TypeError, ValueError: an argument is not as described.
+      NotImplementedError: an array is unreduced or reduced over a mesh axis.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_flashmla as fm
+      >>> block_table = jnp.array([[7, 2]], jnp.int32)
+      >>> positions = jnp.array([[0, 15, 16, 32]], jnp.int32)
+      >>> fm.get_slot_mapping(block_table, positions, 16)
+      Array([[112, 127,  32,  -1]], dtype=int32)
     """
-    block_table, positions = jnp.asarray(block_table), jnp.asarray(positions)
-    check_array("block_table", block_table, "b max_blocks", (jnp.int32,))
-    check_array("positions", positions, "b n", (jnp.int32,))
+    block_table = int32_array("block_table", block_table, "b max_blocks")
+    positions = int32_array("positions", positions, "b n")
     check_axis("positions", positions, 0, block_table.shape[0], "the batch of block_table")
     page = static_int("page_block_size", page_block_size)
     index = jnp.where(positions < 0, block_table.shape[1], positions // page)
     page_id = jnp.take_along_axis(block_table, index, axis=1, mode="fill", fill_value=-1)
-    # An entry of garbage must not wrap round to somebody's slot.
-    addressable = (page_id >= 0) & (page_id <= (_INT32_MAX - page + 1) // page)
+    # A garbage entry must not overflow to a slot that belongs to another sequence.
+    addressable = (page_id >= 0) & (page_id <= (INT32_MAX - page + 1) // page)
     return jnp.where(addressable, jnp.where(addressable, page_id, 0) * page + positions % page, -1)
 
 
-def _result_types(k_cache, new_kv, slot_mapping):
+def _result_types(
+    k_cache: Any, new_kv: Any, slot_mapping: Any
+) -> list[tuple[tuple[int, ...], Any]]:
     return [(k_cache.shape, k_cache.dtype)]
 
 
-def _reference(k_cache, new_kv, slot_mapping):
+def _reference(
+    k_cache: jax.Array, new_kv: jax.Array, slot_mapping: jax.Array
+) -> Sequence[jax.Array]:
     return [reference.append(k_cache, new_kv, slot_mapping)]
 
 
-def _kernel(k_cache, new_kv, slot_mapping):
+def _kernel(k_cache: jax.Array, new_kv: jax.Array, slot_mapping: jax.Array) -> Sequence[jax.Array]:
     call = jax.ffi.ffi_call(
         "jax_flashmla_append_kv",
         [jax.ShapeDtypeStruct(k_cache.shape, k_cache.dtype)],
         input_output_aliases={0: 0},
     )
-    return call(k_cache, new_kv, slot_mapping)
+    results: Sequence[jax.Array] = call(k_cache, new_kv, slot_mapping)
+    return results
 
 
-def _batch(args, dims, *, implementation):
-    """Folds the mapped axis into the pages: example i owns the i-th run of them."""
+def _batch(
+    args: Sequence[jax.Array], dims: Sequence[int | None], *, implementation: str
+) -> tuple[Sequence[jax.Array], Sequence[int]]:
+    """Folds the mapped axis into the pages: example i owns the i-th run of pages."""
     n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     if dims[0] is None:
         raise NotImplementedError(
@@ -118,11 +161,9 @@ def _batch(args, dims, *, implementation):
         for x, d in zip(args, dims, strict=True)
     )
     pool = k_cache.shape[1] * k_cache.shape[2]
-    if n * pool > _INT32_MAX:
-        raise NotImplementedError(
-            f"vmap of append_kv_cache over {n} caches of {pool} slots exceeds the int32 range of "
-            "slots; map fewer caches at a time"
-        )
+    if not _int32_holds_slots(n, pool, implementation):
+        # The reference numbers the slots of each example from 0, so they cannot overflow.
+        return jax.vmap(_reference)(k_cache, new_kv, slots), [0]
     first = jnp.arange(n, dtype=jnp.int32)[:, None] * pool
     slots = jnp.where((slots >= 0) & (slots < pool), slots + first, -1)
     (out,) = append_kv_cache_op(
@@ -132,6 +173,30 @@ def _batch(args, dims, *, implementation):
         implementation=implementation,
     )
     return [out.reshape(k_cache.shape)], [0]
+
+
+def _int32_holds_slots(n: Any, pool: Any, implementation: str) -> bool:
+    """Whether the slots of n caches of `pool` slots fit into int32; False where nobody can say.
+
+    That is so for symbolic sizes (jax.export) without a constraint.
+    """
+    try:
+        fits = n * pool <= INT32_MAX
+    except jax.errors.InconclusiveDimensionOperation:
+        if implementation == "cuda":
+            raise NotImplementedError(
+                f"vmap of append_kv_cache over {n} caches of {pool} slots, with "
+                f'implementation="cuda": the sizes must be at most {INT32_MAX} slots in all, which '
+                "cannot be told of symbolic sizes; pass jax.export.symbolic_shape the constraint "
+                f'"{n * pool} <= {INT32_MAX}", or pass implementation="auto" or "xla"'
+            ) from None
+        return False
+    if not fits:
+        raise NotImplementedError(
+            f"vmap of append_kv_cache over {n} caches of {pool} slots exceeds the int32 range of "
+            "slots; map fewer caches at a time"
+        )
+    return True
 
 
 append_kv_cache_op = Op(

@@ -1,9 +1,21 @@
-"""What a call has to do: the figures that XLA cannot know of a custom call."""
+"""The cost of a call: figures that XLA does not know of a custom call."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ._checks import check_array, check_axis, check_offset_has_mask, static_bool, static_int
+from ._checks import (
+    check_array,
+    check_axis,
+    check_decode_shapes,
+    check_offset_has_mask,
+    describe,
+    static_bool,
+)
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def decode_cost(
@@ -17,19 +29,20 @@ def decode_cost(
 ) -> dict[str, float]:
     """The work of one call of `flash_mla_with_kvcache`, under the names that XLA gives it.
 
-    To XLA the cost of a custom call is unknown, so that `cost_analysis()` of a program leaves the
-    kernel out: add this to it, once for each call. It is the least that the call has to do, each
-    operand and result moved once; not the kernel's padding of query rows, nor its partial results.
+    XLA does not know the cost of a custom call, so `cost_analysis()` of a program leaves the kernel
+    out. Add this to it, once for each call. It is the least that the call has to do, with each
+    operand and result moved once. It counts neither the kernel's padding of query rows nor its
+    partial results.
 
     Args:
-      q: [b, s_q, h_q, d_k]; of this and of k_cache only shape and dtype matter.
+      q: [b, s_q, h_q, d_k]. Only shape and dtype of this and of k_cache matter.
       k_cache: [num_blocks, page_block_size, h_kv, d_k].
       cache_seqlens: [b] integers, tokens of each sequence; values, not a traced array. A negative
         one counts as 0.
       head_dim_v: d_v.
       causal: as in the call.
       causal_offset: [b] integers as in the call, values like cache_seqlens; default 0, only with
-        causal. Tokens that it hides from every query of a sequence count for nothing.
+        causal. Tokens that it hides from every query of a sequence are not counted.
 
     Returns:
       "flops": of the two products, a multiply-add counted as 2.
@@ -39,13 +52,22 @@ def decode_cost(
 
     Raises:
       TypeError, ValueError: an argument is not as described.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_flashmla as fm
+      >>> q = jax.ShapeDtypeStruct((2, 1, 16, 576), jnp.bfloat16)
+      >>> k_cache = jax.ShapeDtypeStruct((100, 64, 1, 576), jnp.bfloat16)
+      >>> fm.decode_cost(q, k_cache, [1000, 24], 512)["flops"]  # 1024 tokens, 16 heads
+      35651584.0
     """
+    q, k_cache = _with_shape("q", q), _with_shape("k_cache", k_cache)
+    d_v = check_decode_shapes(q, k_cache, head_dim_v, _DTYPES)
+    causal = static_bool("causal", causal)
     b, s_q, h_q, d_k = q.shape
     _, page, h_kv, _ = k_cache.shape
-    d_v, causal = static_int("head_dim_v", head_dim_v), static_bool("causal", causal)
     lengths = np.maximum(_values("cache_seqlens", cache_seqlens, b), 0)
     visible = np.broadcast_to(lengths[:, None], (b, s_q))  # tokens that each query sees
-    integers = b  # lengths, offsets and page ids
+    integers = b  # counts lengths, offsets and page ids
     if causal:
         visible = visible - np.arange(s_q)[::-1]
     if causal_offset is not None:
@@ -64,11 +86,21 @@ def decode_cost(
     }
 
 
-def _values(name: str, x, b: int) -> np.ndarray:
+def _with_shape(name: str, x: Any) -> Any:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return x
+    raise TypeError(f"{name} must be an array or a jax.ShapeDtypeStruct, got {describe(x)}")
+
+
+def _values(name: str, x: Any, b: int) -> Any:
     """i64 [b], wide enough for sums of any int32."""
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"{name} must be values, got the traced {x}; call decode_cost outside jit")
-    x = np.asarray(x, np.int64)
+    if x is None or isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} must be {b} integers, got {describe(x)}")
+    x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.integer):
+        raise TypeError(f"{name} must be {b} integers, got {describe(x)}")
     check_array(name, x, "b")
     check_axis(name, x, 0, b, "the batch of q")
-    return x
+    return x.astype(np.int64)

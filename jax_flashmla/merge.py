@@ -1,29 +1,32 @@
-"""Joining partial attention results: of several caches, or of one sequence's pages over devices.
+"""Merges partial attention results: of several caches, or of one sequence's pages over devices.
 
 Shapes: n partial results, b sequences, s_q queries, h_q query heads, d_v head dim of V.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ._checks import check_array, check_axis
+from ._checks import as_array, check_array, check_axis
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention over all keys from its results over disjoint parts of the keys.
+    """Attention over all keys, from its results over disjoint parts of the keys.
 
-    Exact up to rounding: each part counts with its share exp(lse) / sum of exp(lse), which is how
-    online softmax joins blocks of keys (https://arxiv.org/abs/1805.02867). Any order of the parts
-    will do. The arithmetic is float32.
+    Exact up to rounding: each part counts with its share, exp(lse) / sum of exp(lse). This is how
+    online softmax joins blocks of keys (https://arxiv.org/abs/1805.02867). The parts may come in
+    any order. The arithmetic is float32.
 
     Args:
       outs: [n, b, s_q, h_q, d_v], bf16, fp16 or f32, each the attention over its part alone.
       lses: f32 [n, b, h_q, s_q], natural logarithm of each part's sum of exponentials. Infinity
-        stands for a part in which the query sees no key, as in the results of
-        `flash_mla_with_kvcache`: it counts for nothing, whatever its out holds. NaN, an invalid
-        sequence in some part, makes the whole sequence's results NaN.
+        means that the query sees no key in the part, as in the results of
+        `flash_mla_with_kvcache`. Such a part counts for nothing, whatever its out holds. NaN, an
+        invalid sequence in some part, makes the whole sequence's results NaN.
 
     Returns:
       out: [b, s_q, h_q, d_v] in outs' dtype; 0 for a query that sees no key in any part.
@@ -31,8 +34,17 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
 
     Raises:
       TypeError, ValueError: an argument is not as described.
+      NotImplementedError: an array is unreduced or reduced over a mesh axis.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_flashmla as fm
+      >>> outs = jnp.array([1.0, 4.0]).reshape(2, 1, 1, 1, 1)
+      >>> lses = jnp.log(jnp.array([2.0, 1.0])).reshape(2, 1, 1, 1)  # shares of 2/3 and 1/3
+      >>> out, lse = fm.merge_attention_states(outs, lses)
+      >>> out.item(), jnp.exp(lse).item()
+      (2.0, 3.0)
     """
-    outs, lses = jnp.asarray(outs), jnp.asarray(lses)
+    outs, lses = as_array("outs", outs), as_array("lses", lses)
     check_array("outs", outs, "n b s_q h_q d_v", _DTYPES)
     check_array("lses", lses, "n b h_q s_q", (jnp.float32,))
     if outs.shape[0] == 0:
@@ -40,48 +52,64 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     for lses_axis, outs_axis, name in ((0, 0, "n"), (1, 1, "b"), (2, 3, "h_q"), (3, 2, "s_q")):
         check_axis("lses", lses, lses_axis, outs.shape[outs_axis], f"the {name} of outs")
 
+    # Only the result holds infinities, so that jax_debug_infs stops at nothing else.
     empty = jnp.isinf(lses)
-    lses = jnp.where(empty, -jnp.inf, lses)
-    maximum = lses.max(axis=0)
-    maximum = jnp.where(maximum == -jnp.inf, 0, maximum)
-    weights = jnp.exp(lses - maximum[None])
+    lowest = float(np.finfo(np.float32).min)
+    maximum = jnp.where(empty, lowest, lses).max(axis=0)
+    weights = jnp.where(empty, 0, jnp.exp(jnp.where(empty, maximum[None], lses) - maximum[None]))
     total = weights.sum(axis=0)
     nothing = total == 0
-    shares = weights / jnp.where(nothing, 1, total)[None]
+    total = jnp.where(nothing, 1, total)
+    shares = weights / total[None]
 
     shares, empty = (jnp.swapaxes(x, 2, 3)[..., None] for x in (shares, empty))
-    # An empty part's out may be anything, and 0 * NaN is NaN.
+    # An empty part's out may hold NaN, and 0 * NaN is NaN.
     out = jnp.sum(shares * jnp.where(empty, 0, outs).astype(jnp.float32), axis=0)
-    return out.astype(outs.dtype), jnp.where(nothing, jnp.inf, maximum + jnp.log(total))
+    lse = jnp.where(nothing, jnp.inf, maximum + jnp.log(total))
+    return out.astype(outs.dtype), lse
 
 
 def merge_attention_states_across(
     out: jax.Array, lse: jax.Array, axis_name: str | tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """`merge_attention_states` of one part a device, inside jax.shard_map.
+    """`merge_attention_states` of one part on each device, inside jax.shard_map.
 
-    The results are the same on every device along axis_name and typed so: an out_specs that does
-    not name the axis accepts them.
+    The results are the same on every device along axis_name and are typed so: out_specs need not
+    name the axis.
 
-    One collective: an all-gather of out, in its own dtype, with lse's bits beside it. Each device
-    receives b * s_q * h_q * (d_v * itemsize + 4) bytes from each of the n - 1 others. An all-reduce
-    of weighted sums in float32 would move fewer from n = 4 on (for 16-bit outs), but needs the
-    largest lse first, a second collective that it waits for; at the sizes of a decode step what
-    counts is how often devices wait for one another.
+    It takes one collective: an all-gather of out, in its own dtype, together with lse's bits. Each
+    device receives b * s_q * h_q * (d_v * itemsize + 4) bytes from each of the n - 1 others. An
+    all-reduce of weighted sums in float32 would move fewer bytes from n = 4 on (for 16-bit outs).
+    But it needs the largest lse first, a second collective to wait for, and at the sizes of a
+    decode step the number of waits counts most.
 
     Args:
       out: [b, s_q, h_q, d_v], bf16, fp16 or f32, the attention over this device's keys.
       lse: f32 [b, h_q, s_q]; +inf where the query sees none of them.
-      axis_name: the mesh axis, or several, along which the keys are split.
+      axis_name: the mesh axis, or several, over which the keys are split.
 
     Returns:
-      out [b, s_q, h_q, d_v] and lse f32 [b, h_q, s_q], as `merge_attention_states` gives them.
+      out [b, s_q, h_q, d_v] and lse f32 [b, h_q, s_q], as of `merge_attention_states`.
 
     Raises:
       TypeError, ValueError: an argument is not as described, or axis_name is not a manual mesh
         axis here.
+      NotImplementedError: an array is unreduced or reduced over a mesh axis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_flashmla as fm
+      >>> mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> merge = jax.shard_map(
+      ...     lambda out, lse: fm.merge_attention_states_across(out, lse, "x"),
+      ...     mesh=mesh,
+      ...     in_specs=jax.P("x"),  # axis 0 of the arguments: the devices' parts
+      ...     out_specs=jax.P(),
+      ... )
+      >>> out, lse = merge(jnp.ones((1, 2, 4, 8)), jnp.zeros((1, 4, 2)))
+      >>> out.shape, lse.shape
+      ((1, 2, 4, 8), (1, 4, 2))
     """
-    out, lse = jnp.asarray(out), jnp.asarray(lse)
+    out, lse = as_array("out", out), as_array("lse", lse)
     check_array("out", out, "b s_q h_q d_v", _DTYPES)
     check_array("lse", lse, "b h_q s_q", (jnp.float32,))
     for lse_axis, out_axis, name in ((0, 0, "b"), (1, 2, "h_q"), (2, 1, "s_q")):
@@ -90,7 +118,7 @@ def merge_attention_states_across(
     return merge_attention_states(*_unpack(gathered, out.dtype))
 
 
-def _check_axis_name(axis_name):
+def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
@@ -107,10 +135,10 @@ def _check_axis_name(axis_name):
     return names
 
 
-def _pack(out, lse):
+def _pack(out: jax.Array, lse: jax.Array) -> jax.Array:
     """One array of both: [b, s_q, h_q, d_v + 4 / itemsize], of unsigned integers.
 
-    Integers, so that nothing on the way takes lse's bits for floating-point numbers.
+    Integers, so that nothing on the way treats lse's bits as floating-point numbers.
     """
     bits = jnp.dtype(f"uint{8 * out.dtype.itemsize}")
     lse_bits = jax.lax.bitcast_convert_type(jnp.swapaxes(lse, 1, 2), bits)
@@ -119,7 +147,7 @@ def _pack(out, lse):
     )
 
 
-def _unpack(packed, dtype):
+def _unpack(packed: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """(outs, lses) of packed [n, b, s_q, h_q, ...]."""
     lse_columns = jnp.dtype(jnp.float32).itemsize // packed.dtype.itemsize
     outs = jax.lax.bitcast_convert_type(packed[..., :-lse_columns], dtype)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -9,44 +11,115 @@ import numpy as np
 from jax import export
 
 from . import _ffi
-from ._checks import check_array, static_int
+from ._checks import INT32_MAX, check_implementation, int32_array, static_int
+from ._constants import ROW_TILE, TILE_TOKENS
 from ._op import Op
 from .reference import schedule as reference
 
-ROW_TILE = 64
-"""Query rows of one KV head that a thread block handles together."""
+_MAX_ROWS = INT32_MAX // 2
+_MAX_PARTS = 2**27  # beyond it a part's first tile may not fit into int32
 
-DEFAULT_NUM_SMS = 132
-"""The SM count of an H100 or H200 SXM: the default where no CUDA device is visible."""
-
-_INT32_MAX = 2**31 - 1
+_SERIALIZED_NAME = "jax_flashmla.TileSchedulerMetadata"
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+def _class_of_earlier_import() -> Any:
+    """TileSchedulerMetadata as an earlier import of this module defined it, None the first time.
+
+    jax.export keeps a class for the life of the process and takes no second one under its name. So
+    importlib.reload (and %autoreload in a notebook) must keep it, and with it the schedules that
+    exist.
+    """
+    for class_ in object.__subclasses__():
+        if (class_.__module__, class_.__qualname__) == (__name__, "TileSchedulerMetadata"):
+            return class_
+    return None
+
+
+_earlier_class = _class_of_earlier_import()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class TileSchedulerMetadata:
     """The schedule of one decode step, made by `get_mla_metadata`; a pytree.
 
-    The arrays are opaque. The other fields are static and say which calls the schedule serves:
-    those with this batch, these query rows per KV head and these KV heads.
+    What the arrays hold may change between versions. The other attributes say which calls of
+    `flash_mla_with_kvcache` the schedule serves: those with this batch, these query rows per KV
+    head and these KV heads.
+
+    Attributes:
+      part_bounds: i32 [num_parts + 1, 2], where the work of each part begins.
+      first_part: i32 [batch], the first part that works on each sequence.
+      num_heads_per_head_k: query rows per KV head, s_q * h_q / h_kv. Static.
+      num_heads_k: KV heads, h_kv. Static.
+      fixed_split_size: tokens of a split where they are all of one size, else None. Static.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_flashmla as fm
+      >>> metadata, num_splits = fm.get_mla_metadata(jnp.array([70, 3], jnp.int32), 16, 1)
+      >>> metadata.batch, metadata.num_heads_per_head_k, metadata.num_heads_k
+      (2, 16, 1)
+      >>> len(jax.tree.leaves(metadata))
+      2
     """
 
-    part_bounds: jax.Array  # i32 [num_parts + 1, 2]
-    first_part: jax.Array  # i32 [batch]
-    batch: int = dataclasses.field(metadata={"static": True})
-    num_heads_per_head_k: int = dataclasses.field(metadata={"static": True})
-    num_heads_k: int = dataclasses.field(metadata={"static": True})
-    num_parts: int = dataclasses.field(metadata={"static": True})
-    fixed_split_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    part_bounds: jax.Array
+    first_part: jax.Array
+    num_heads_per_head_k: int
+    num_heads_k: int
+    fixed_split_size: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.first_part.shape[-1]
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the work."""
+        return self.part_bounds.shape[-2] - 1
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TileSchedulerMetadata):
+            return NotImplemented
+        _refuse_comparison()
+
+    __hash__ = None  # type: ignore[assignment]
 
 
-# For exported functions that take or return a schedule.
-export.register_pytree_node_serialization(
-    TileSchedulerMetadata,
-    serialized_name="jax_flashmla.TileSchedulerMetadata",
-    serialize_auxdata=lambda static: json.dumps(static).encode(),
-    deserialize_auxdata=lambda data: tuple(json.loads(data)),
-)
+def _refuse_comparison() -> NoReturn:
+    raise TypeError(
+        "TileSchedulerMetadata holds arrays, so == has no single answer; compare field by field, "
+        "as in jax.numpy.array_equal(a.part_bounds, b.part_bounds)"
+    )
+
+
+def _serialize_static(static: tuple[int | None, ...]) -> bytes:
+    return json.dumps(static).encode()
+
+
+def _deserialize_static(data: bytes | bytearray) -> tuple[int | None, ...]:
+    static = json.loads(data)
+    if len(static) == 5:  # written by version 0.1.0, with the batch and the number of parts
+        _, rows, h_kv, _, fixed_split_size = static
+        return rows, h_kv, fixed_split_size
+    return tuple(static)
+
+
+if _earlier_class is None:
+    jax.tree_util.register_dataclass(
+        TileSchedulerMetadata,
+        data_fields=["part_bounds", "first_part"],
+        meta_fields=["num_heads_per_head_k", "num_heads_k", "fixed_split_size"],
+    )
+    # For exported functions that take or return a schedule.
+    export.register_pytree_node_serialization(
+        TileSchedulerMetadata,
+        serialized_name=_SERIALIZED_NAME,
+        serialize_auxdata=_serialize_static,
+        deserialize_auxdata=_deserialize_static,
+    )
+else:
+    TileSchedulerMetadata = _earlier_class  # type: ignore[misc]
 
 
 def get_mla_metadata(
@@ -59,52 +132,69 @@ def get_mla_metadata(
     max_seqlen: int | None = None,
     implementation: str = "auto",
 ) -> tuple[TileSchedulerMetadata, jax.Array]:
-    """Makes the schedule that one decode step shares among its layers.
+    """Makes the schedule of a decode step, once for all of its layers.
 
     A schedule made for other lengths still gives right results in `flash_mla_with_kvcache`, only
-    slower; one made for another batch or other head counts is refused there.
+    slower. One made for another batch or other head counts is refused there.
 
-    The work is cut into equal shares as in FlashMLA (https://github.com/deepseek-ai/FlashMLA), so
-    that where a sequence is split depends on the whole batch and on the SM count. With
-    fixed_split_size it depends on the sequence alone, and the kernel's results for a sequence are
-    the same bits whatever the batch: docs/tile_scheduler.md says what that takes and costs.
+    The work is cut into equal shares as in FlashMLA (https://github.com/deepseek-ai/FlashMLA). So
+    where a sequence is split depends on the whole batch and on the SM count. With fixed_split_size
+    it depends on the sequence alone, and the kernel's results for a sequence are the same bits
+    in every batch: docs/tile_scheduler.md says what that takes and costs.
 
     Args:
-      cache_seqlens: i32 [b], the tokens in the cache of each sequence, those of this step
-        included. A negative length counts as 0.
+      cache_seqlens: i32 [b], the tokens of each sequence in the cache, with those of this step. A
+        negative length counts as 0.
       num_heads_per_head_k: query rows per KV head, s_q * h_q / h_kv.
       num_heads_k: KV heads, h_kv.
-      num_sms: the SMs to spread the work over; default: those of the local CUDA device, 132 where
-        there is none. Results are right on any SM count. Not with fixed_split_size, where it
+      num_sms: the SMs to spread the work over. Default: those of this machine's first GPU, 132
+        where there is none. Results are right on any SM count. Not with fixed_split_size, where it
         would change nothing.
-      fixed_split_size: tokens of a split, a static multiple of 64; default: no fixed size. The
-        scratch of a decode then grows with b * ceil(max_seqlen / fixed_split_size).
+      fixed_split_size: tokens of a split, a static multiple of 64. Default: no fixed size. The
+        scratch memory of a decode then grows with b * ceil(max_seqlen / fixed_split_size).
       max_seqlen: a static bound of the lengths in tokens, such as the block table's width times the
         page size; with fixed_split_size and only with it. A longer sequence still gets right
-        results, from a last split that is as long as it takes.
-      implementation: "auto", "cuda" or "xla"; the integers are the same in each.
+        results: its last split holds all tokens that are left.
+      implementation: "auto", "cuda" or "xla". The integers are the same in each.
 
     Returns:
-      The schedule, and num_splits i32 [b + 1]: the prefix sum of the number of parts into which
-      each sequence is split.
+      The schedule, and num_splits i32 [b + 1]: the prefix sum of the number of splits of each
+      sequence.
 
     Raises:
       TypeError, ValueError: an argument is not as described.
-      NotImplementedError: implementation is "cuda" and there is no kernel here.
+      NotImplementedError: implementation is "cuda" and there is no kernel here; or cache_seqlens is
+        unreduced or reduced over a mesh axis.
+
+    Example:
+      >>> import jax.numpy as jnp, jax_flashmla as fm
+      >>> cache_seqlens = jnp.array([300, 70], jnp.int32)
+      >>> metadata, num_splits = fm.get_mla_metadata(cache_seqlens, 16, 1, num_sms=4)
+      >>> num_splits  # the first sequence is cut into 3 splits
+      Array([0, 3, 4], dtype=int32)
     """
-    cache_seqlens = jnp.asarray(cache_seqlens)
-    check_array("cache_seqlens", cache_seqlens, "b", (jnp.int32,))
+    cache_seqlens = int32_array("cache_seqlens", cache_seqlens, "b")
     rows = static_int("num_heads_per_head_k", num_heads_per_head_k)
     h_kv = static_int("num_heads_k", num_heads_k)
+    check_implementation(implementation)
+    if rows * h_kv > _MAX_ROWS:
+        raise ValueError(
+            f"num_heads_per_head_k * num_heads_k must be at most {_MAX_ROWS}, got {rows} * {h_kv}"
+        )
     b = cache_seqlens.shape[0]
     if b == 0:
         raise ValueError("cache_seqlens must hold at least one sequence, got shape [0]")
     if fixed_split_size is None and max_seqlen is None:
-        sms = None if num_sms is None else static_int("num_sms", num_sms)
+        sms = None if num_sms is None else static_int("num_sms", num_sms, maximum=_MAX_PARTS)
         num_parts = default_num_parts(rows, h_kv, sms)
     else:
-        num_parts = b * _splits_a_request(fixed_split_size, max_seqlen, num_sms)
-        fixed_split_size = int(fixed_split_size)
+        fixed_split_size, splits = _fixed_splits(fixed_split_size, max_seqlen, num_sms)
+        num_parts = b * splits
+        if isinstance(num_parts, int) and num_parts > _MAX_PARTS:
+            raise ValueError(
+                f"fixed_split_size={fixed_split_size} and max_seqlen={max_seqlen} make {num_parts} "
+                f"splits of {b} sequences, of which there may be {_MAX_PARTS}; pass larger splits"
+            )
     part_bounds, first_part, num_splits = get_mla_metadata_op(
         cache_seqlens,
         num_parts=num_parts,
@@ -112,9 +202,7 @@ def get_mla_metadata(
         fixed_split_size=fixed_split_size,
         implementation=implementation,
     )
-    metadata = TileSchedulerMetadata(
-        part_bounds, first_part, b, rows, h_kv, num_parts, fixed_split_size
-    )
+    metadata = TileSchedulerMetadata(part_bounds, first_part, rows, h_kv, fixed_split_size)
     return metadata, num_splits
 
 
@@ -125,8 +213,14 @@ def default_num_parts(rows: int, h_kv: int, num_sms: int | None = None) -> int:
     return max(1, num_sms // (-(-rows // ROW_TILE) * h_kv))
 
 
-def _splits_a_request(fixed_split_size, max_seqlen, num_sms) -> int:
-    """How many splits of a fixed size the longest sequence has; checks the arguments."""
+def _local_num_sms() -> int:
+    return _ffi.sm_count()
+
+
+def _fixed_splits(
+    fixed_split_size: int | None, max_seqlen: int | None, num_sms: int | None
+) -> tuple[int, int]:
+    """Checks the arguments; returns the size of a split and the splits of the longest sequence."""
     if fixed_split_size is None or max_seqlen is None:
         missing = "max_seqlen" if max_seqlen is None else "fixed_split_size"
         raise ValueError(
@@ -137,29 +231,23 @@ def _splits_a_request(fixed_split_size, max_seqlen, num_sms) -> int:
         raise ValueError(
             f"num_sms changes nothing where splits have a fixed size; leave it out, got {num_sms}"
         )
-    size = static_int("fixed_split_size", fixed_split_size, reference.TILE_TOKENS)
+    size = static_int("fixed_split_size", fixed_split_size, TILE_TOKENS)
     longest = static_int("max_seqlen", max_seqlen)
-    if size % reference.TILE_TOKENS:
-        raise ValueError(
-            f"fixed_split_size must be a multiple of {reference.TILE_TOKENS} tokens, got {size}"
-        )
-    for name, value in (("fixed_split_size", size), ("max_seqlen", longest)):
-        if value > _INT32_MAX:
-            raise ValueError(f"{name} must fit into int32, as lengths do, got {value}")
-    return -(-longest // size)
+    if size % TILE_TOKENS:
+        raise ValueError(f"fixed_split_size must be a multiple of {TILE_TOKENS} tokens, got {size}")
+    return size, -(-longest // size)
 
 
-def _local_num_sms() -> int:
-    devices = _ffi.local_cuda_devices()
-    return int(devices[0].core_count) if devices else DEFAULT_NUM_SMS
-
-
-def _result_types(cache_seqlens, *, num_parts, **params):
+def _result_types(
+    cache_seqlens: Any, *, num_parts: int, **params: Any
+) -> list[tuple[tuple[int, ...], Any]]:
     b = cache_seqlens.shape[0]
     return [((num_parts + 1, 2), jnp.int32), ((b,), jnp.int32), ((b + 1,), jnp.int32)]
 
 
-def _reference(cache_seqlens, *, num_parts, rows, fixed_split_size):
+def _reference(
+    cache_seqlens: jax.Array, *, num_parts: int, rows: int, fixed_split_size: int | None
+) -> tuple[jax.Array, ...]:
     if fixed_split_size is None:
         return reference.schedule(cache_seqlens, num_parts=num_parts, rows=rows)
     return reference.fixed_schedule(
@@ -167,19 +255,22 @@ def _reference(cache_seqlens, *, num_parts, rows, fixed_split_size):
     )
 
 
-def _kernel(cache_seqlens, **params):
-    if params["fixed_split_size"] is not None:  # a few operations, for which XLA will do
-        return _reference(cache_seqlens, **params)
+def _kernel(cache_seqlens: jax.Array, **params: Any) -> Sequence[jax.Array]:
+    if params["fixed_split_size"] is not None:
+        return _reference(cache_seqlens, **params)  # a few operations: no kernel is needed
     types = _result_types(cache_seqlens, **params)
     call = jax.ffi.ffi_call(
         "jax_flashmla_tile_scheduler", [jax.ShapeDtypeStruct(*type_) for type_ in types]
     )
-    return call(cache_seqlens, rows=np.int64(params["rows"]))
+    results: Sequence[jax.Array] = call(cache_seqlens, rows=np.int64(params["rows"]))
+    return results
 
 
-def _batch(args, dims, *, implementation, **params):
-    # Under vmap the decode op makes one schedule for the whole folded batch and drops these, so
-    # that they cost nothing; they are right nevertheless.
+def _batch(
+    args: Sequence[jax.Array], dims: Sequence[int | None], *, implementation: str, **params: Any
+) -> tuple[Sequence[jax.Array], Sequence[int]]:
+    # Under vmap the decode op folds the batches into one and makes one schedule for it. It drops
+    # the schedules made here, so XLA never computes them. They are right for other uses.
     results = jax.vmap(lambda lengths: _reference(lengths, **params), in_axes=dims)(*args)
     return results, (0, 0, 0)
 

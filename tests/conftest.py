@@ -55,7 +55,7 @@ def quick_compile():
 def kernels(monkeypatch):
     """Lets programs be lowered with kernels that were not built."""
     monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(_ffi, "other_device", lambda: None)
+    monkeypatch.setattr(_ffi, "non_hopper_device", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -295,7 +295,7 @@ def test_offsets_past_int32(tested):
 def test_scratch_offsets_past_int32():
     """So many parts that their partial results hold more than 2^31 elements."""
     parts = 2**31 // (2 * 128 * D_V) + 100
-    length = reference.TILE_TOKENS * (parts - reference.REQUEST_OVERHEAD)  # a tile a part
+    length = reference.TILE_TOKENS * (parts - reference.SEQUENCE_OVERHEAD)  # a tile a part
     q = cases.random_values(np.random.default_rng(0), (1, 1, 128, D_K), "bfloat16")
     pool = cases.random_values(np.random.default_rng(1), (50, 64, 1, D_K), "bfloat16")
     table = np.arange(parts, dtype=np.int32)[None] % 50

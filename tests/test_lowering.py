@@ -161,8 +161,8 @@ def test_shapes_without_a_kernel(shapes, d_v, reason):
 def test_machine_without_the_kernels(monkeypatch):
     _op._warn_once.cache_clear()
     monkeypatch.setattr(_ffi, "unavailable_reason", lambda: "it is Tuesday")
-    monkeypatch.setattr(_ffi, "other_device", lambda: None)
-    with pytest.warns(RuntimeWarning, match="plain JAX.*: it is Tuesday") as caught:
+    monkeypatch.setattr(_ffi, "non_hopper_device", lambda: None)
+    with pytest.warns(RuntimeWarning, match="reference in JAX ops.*: it is Tuesday") as caught:
         text = text_for_cuda(decode, *decode_structs())
     assert len(caught) == 1
     assert not custom_calls(text)
@@ -177,7 +177,7 @@ def devices_of(capability):
 @pytest.fixture
 def fresh_queries():
     """Forgets what was found out about this machine, before and after."""
-    queries = _ffi.other_device, _ffi.unavailable_reason
+    queries = _ffi.non_hopper_device, _ffi.unavailable_reason
     for query in queries:
         query.cache_clear()
     yield

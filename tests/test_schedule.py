@@ -310,8 +310,11 @@ def test_metadata_is_a_pytree():
     assert [leaf.dtype for leaf in leaves] == [jnp.int32, jnp.int32]
     again = jax.tree.unflatten(structure, leaves)
     assert (again.batch, again.num_parts) == (2, 66)
-    _, other = jax.tree.flatten(make([10, 20, 30], 132, "xla")[0])
-    assert structure != other
+    other, _ = make([10, 20, 30], 100, "xla")  # batch and parts follow from the arrays
+    assert (other.batch, other.num_parts) == (3, 50)
+    assert structure == jax.tree.structure(other)
+    other, _ = fm.get_mla_metadata(jnp.ones(2, jnp.int32), 64, 1, implementation="xla")
+    assert structure != jax.tree.structure(other)
 
 
 def test_fixed_splits_are_part_of_the_pytree():

@@ -1,7 +1,8 @@
-"""The ops in plain JAX: what the kernels are tested against, and what runs where they cannot.
+"""The references: each op in JAX ops.
 
-One module an op. A function takes the arguments of its op and gives the same results, for empty
-sequences, garbage in unused block-table entries and NaN in unused slots of a page too. Shapes:
+The kernels are tested against them, and they run where the kernels cannot. One module an op. A
+function takes the arguments of its op and gives the same results, also for empty sequences, for
+garbage in unused block-table entries and for NaN in unused slots of a page. Shapes:
 
   b         sequences                     s_q      queries a sequence
   h_q, h_kv query heads, KV heads         d_k, d_v head dims of K and of V (V: the first d_v of K)

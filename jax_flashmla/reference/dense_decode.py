@@ -1,19 +1,22 @@
-"""Attention of a few queries over a paged cache, in plain JAX."""
+"""The reference of decode: attention of a few queries over a paged cache."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ._math import ceil_div
 
-# What decode reads at a time: enough to keep a machine busy, and a bound on temporary memory.
+# Decode reads the cache in chunks: large enough to keep a machine busy, small enough to bound the
+# temporary memory.
 _CHUNK_TOKENS = 1024  # of each sequence
 _CHUNK_ELEMENTS = 2**25  # of K in float32
-_SYMBOLIC_BATCH = 128  # what a batch counts for in that bound where jax.export leaves it open
+_SYMBOLIC_BATCH = 128  # stands for a symbolic batch (jax.export) when the chunk's size is chosen
 
 
-def _size(dim, otherwise: int) -> int:
-    """A dimension where it is known, `otherwise` where it is symbolic."""
-    return dim if isinstance(dim, int) else otherwise
+def _size_or(dim: Any, default: int) -> int:
+    """A dimension, or `default` where it is symbolic."""
+    return dim if isinstance(dim, int) else default
 
 
 def decode(
@@ -29,8 +32,9 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q over a paged cache, float32 throughout.
 
-    Walks over the pages of all sequences at once with a running maximum and sum, as far as the
-    longest sequence reaches: the temporary memory does not grow with the table or the cache.
+    Online softmax (https://arxiv.org/abs/1805.02867): walks over the pages of all sequences at
+    once with a running maximum and sum, up to the end of the longest sequence. So the temporary
+    memory does not grow with the table or the cache.
 
     Args:
       q: [b, s_q, h_q, d_k].
@@ -38,6 +42,7 @@ def decode(
       block_table: i32 [b, mb].
       cache_seqlens: i32 [b].
       causal_offset: i32 [b], or None for 0.
+      head_dim_v, softmax_scale, causal: as of `flash_mla_with_kvcache`.
 
     Returns:
       out [b, s_q, h_q, head_dim_v] in q's dtype and lse f32 [b, h_q, s_q].
@@ -73,18 +78,25 @@ def decode(
     return out.reshape(b, s_q, h_q, head_dim_v).astype(q.dtype), lse.reshape(b, h_q, s_q)
 
 
-def _add_offset(visible, offset, length):
-    """visible + offset within [0, length], for visible <= length, without an int32 overflow."""
+def _add_offset(visible: jax.Array, offset: jax.Array, length: jax.Array) -> jax.Array:
+    """visible + offset clipped to [0, length], without an int32 overflow; visible <= length."""
     return jnp.maximum(visible + jnp.clip(offset, -length, length - visible), 0)
 
 
-def _rows_by_kv_head(q, h_kv):
+def _rows_by_kv_head(q: jax.Array, h_kv: int) -> jax.Array:
     """[b, s_q, h_q, d] -> [b, h_kv, s_q * h_q / h_kv, d], the queries that share a KV head."""
     b, s_q, h_q, d = q.shape
     return q.reshape(b, s_q, h_kv, h_q // h_kv, d).transpose(0, 2, 1, 3, 4).reshape(b, h_kv, -1, d)
 
 
-def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
+def _attend(
+    q: jax.Array,
+    k_cache: jax.Array,
+    page_ids: jax.Array,
+    length: jax.Array,
+    visible: jax.Array,
+    head_dim_v: int,
+) -> tuple[jax.Array, jax.Array]:
     """Online softmax over chunks of pages.
 
     Args:
@@ -101,20 +113,20 @@ def _attend(q, k_cache, page_ids, length, visible, head_dim_v):
     mb = page_ids.shape[1]
     if mb == 0 or k_cache.shape[0] == 0:
         return jnp.zeros_like(q[..., :head_dim_v]), jnp.full_like(q[..., 0], jnp.inf)
-    elements = _size(b, _SYMBOLIC_BATCH) * page * h_kv * d_k  # of one page of each sequence
+    elements = _size_or(b, _SYMBOLIC_BATCH) * page * h_kv * d_k  # of one page of each sequence
     step = min(_CHUNK_TOKENS // page, _CHUNK_ELEMENTS // elements)  # pages a chunk
-    step = max(1, min(_size(mb, step), step))
+    step = max(1, min(_size_or(mb, step), step))
 
-    def attend_chunk(i, state):
+    def attend_chunk(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         maximum, total, acc = state
         index = i * step + jnp.arange(step, dtype=jnp.int32)
         ids = jnp.take(page_ids, index, axis=1, mode="fill", fill_value=-1)
         token = index[:, None] * page + jnp.arange(page, dtype=jnp.int32)[None]
         token = token.reshape(1, -1)
         live = jnp.repeat(ids >= 0, page, axis=1) & (token < length[:, None])
-        # Pages are gathered by their id, never by a flat token index, which int32 may not hold.
+        # Gather pages by their id. A flat token index may not fit into int32.
         kv = k_cache[jnp.maximum(ids, 0)].reshape(b, step * page, h_kv, d_k)
-        # Unused slots may hold NaN, and 0 * NaN is NaN: they become 0 before any product.
+        # Unused slots may hold NaN, and 0 * NaN is NaN. So make them 0 before any product.
         kv = jnp.where(live[:, :, None, None], kv, 0).astype(jnp.float32)
 
         scores = jnp.einsum("bhrd,bthd->bhrt", q, kv, precision="highest")
