@@ -1,4 +1,4 @@
-"""Tracing: it starts no JAX backend, and a backend that has started changes nothing in what it gives.
+"""Tracing starts no JAX backend, and gives the same before and after a backend has started.
 
 jax.distributed.initialize must come before any backend starts, and a program may well trace before
 it, to learn shapes or to build modules.
@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_flashmla as fm
 from jax_flashmla import _ffi
+
+MESH = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,))
 
 
 def struct(*shape, dtype=jnp.int32):
@@ -48,10 +50,9 @@ def decode_of_a_schedule(*arrays):
 
 
 def merge_across(out, lse):
-    mesh = AbstractMesh((2,), ("x",))
     merge = jax.shard_map(
         lambda *args: fm.merge_attention_states_across(*args, "x"),
-        mesh=mesh,
+        mesh=MESH,
         in_specs=P("x"),
         out_specs=P(),
     )
@@ -59,9 +60,8 @@ def merge_across(out, lse):
 
 
 def decode_in_shard_map(*arrays):
-    mesh = AbstractMesh((2,), ("x",))
     specs = P("x"), P(), P("x"), P("x")
-    f = jax.shard_map(decode_of_a_schedule, mesh=mesh, in_specs=specs, out_specs=P("x"))
+    f = jax.shard_map(decode_of_a_schedule, mesh=MESH, in_specs=specs, out_specs=P("x"))
     return f(*arrays)
 
 
@@ -73,7 +73,9 @@ FUNCTIONS = {
     "flash_mla_with_kvcache": (decode, ARRAYS),
     "flash_mla_with_kvcache with a schedule": (decode_of_a_schedule, ARRAYS),
     "append_kv_cache": (fm.append_kv_cache, TOKENS),
-    "get_slot_mapping": (lambda *args: fm.get_slot_mapping(*args, 16), (struct(2, 4), struct(2, 1))),
+    "get_slot_mapping": (
+        lambda *args: fm.get_slot_mapping(*args, 16), (struct(2, 4), struct(2, 1))
+    ),
     "merge_attention_states": (
         fm.merge_attention_states, (floats(3, 2, 1, 4, 8), struct(3, 2, 4, 1, dtype=jnp.float32))
     ),
@@ -86,7 +88,7 @@ VMAPPED = [name for name in FUNCTIONS if "shard_map" not in name and "across" no
 
 
 def traces():
-    """The jaxpr of every function, alone and under vmap; also what each other way to trace needs."""
+    """The jaxpr of every function, alone and under vmap. Takes the other ways to trace too."""
     found = {}
     for name, (function, structs) in FUNCTIONS.items():
         jax.eval_shape(function, *structs)
@@ -133,13 +135,17 @@ def test_every_public_function_is_traced():
 
 
 @pytest.fixture
-def sm_count(monkeypatch):
-    """Sets what the extension says; forgets it afterwards."""
-    yield lambda extension: (
-        monkeypatch.setattr(_ffi, "_C", extension),
-        _ffi.sm_count.cache_clear(),
-    )
+def replace_extension(monkeypatch):
+    """Replaces the extension, and forgets what it said afterwards."""
+
+    def replace(extension):
+        monkeypatch.setattr(_ffi, "_C", extension)
+        _ffi.sm_count.cache_clear()
+        jax.clear_caches()  # JAX remembers what it traced
+
+    yield replace
     _ffi.sm_count.cache_clear()
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -151,10 +157,10 @@ def sm_count(monkeypatch):
         (SimpleNamespace(sm_count=lambda: 78), 78),
     ],
 )
-def test_sm_count(extension, expected, sm_count, monkeypatch):
+def test_sm_count(extension, expected, replace_extension, monkeypatch):
     """It comes from the driver, never from a JAX device, and sets the number of parts."""
     monkeypatch.setattr(jax, "local_devices", lambda **_: pytest.fail("asked JAX for its devices"))
-    sm_count(extension)
+    replace_extension(extension)
     assert jax.eval_shape(make, struct(2))[0].num_parts == expected
-    ((_, op),) = [("", e) for e in jax.make_jaxpr(decode)(*ARRAYS).eqns]
-    assert op.params["num_parts"] == expected
+    (eqn,) = jax.make_jaxpr(decode)(*ARRAYS).eqns
+    assert eqn.params["num_parts"] == expected
