@@ -147,7 +147,7 @@ def describe(value: Any) -> str:
         return f"the traced value {value}"
     if isinstance(value, jax.Array):
         return f"an array of type {jax.typeof(value).str_short()}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     if len(text) > 100:
         text = f"{text[:100]}..."
     return f"{text} of type {type(value).__name__}"

@@ -96,11 +96,12 @@ def _values(name: str, x: Any, b: int) -> Any:
     """i64 [b], wide enough for sums of any int32."""
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"{name} must be values, got the traced {x}; call decode_cost outside jit")
-    if x is None or isinstance(x, jax.ShapeDtypeStruct):
+    try:
+        values = np.asarray(x)
+    except ValueError:  # lists of several lengths
+        values = np.asarray(None)
+    if not np.issubdtype(values.dtype, np.integer):
         raise TypeError(f"{name} must be {b} integers, got {describe(x)}")
-    x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.integer):
-        raise TypeError(f"{name} must be {b} integers, got {describe(x)}")
-    check_array(name, x, "b")
-    check_axis(name, x, 0, b, "the batch of q")
-    return x.astype(np.int64)
+    check_array(name, values, "b")
+    check_axis(name, values, 0, b, "the batch of q")
+    return values.astype(np.int64)

@@ -170,8 +170,8 @@ def get_mla_metadata(
       >>> import jax.numpy as jnp, jax_flashmla as fm
       >>> cache_seqlens = jnp.array([300, 70], jnp.int32)
       >>> metadata, num_splits = fm.get_mla_metadata(cache_seqlens, 16, 1, num_sms=4)
-      >>> num_splits  # the first sequence is cut into 3 splits
-      Array([0, 3, 4], dtype=int32)
+      >>> num_splits  # 2 splits of the first sequence, 1 of the second
+      Array([0, 2, 3], dtype=int32)
     """
     cache_seqlens = int32_array("cache_seqlens", cache_seqlens, "b")
     rows = static_int("num_heads_per_head_k", num_heads_per_head_k)

@@ -1,0 +1,273 @@
+"""Wrong arguments: each error names the argument and its value, and says what to do."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_flashmla as fm
+
+LENGTHS = jnp.array([70, 3], jnp.int32)
+METADATA, NUM_SPLITS = fm.get_mla_metadata(LENGTHS, 4, 1, num_sms=2, implementation="xla")
+FUNCTIONS = {  # right arguments by name
+    "get_mla_metadata": {
+        "cache_seqlens": LENGTHS, "num_heads_per_head_k": 4, "num_heads_k": 1
+    },
+    "flash_mla_with_kvcache": {
+        "q": jnp.zeros((2, 1, 4, 8)),
+        "k_cache": jnp.zeros((4, 64, 1, 8)),
+        "block_table": jnp.zeros((2, 2), jnp.int32),
+        "cache_seqlens": LENGTHS,
+        "head_dim_v": 4,
+        "tile_scheduler_metadata": METADATA,
+        "num_splits": NUM_SPLITS,
+        "causal": True,
+        "causal_offset": LENGTHS,
+    },
+    "append_kv_cache": {
+        "k_cache": jnp.zeros((4, 64, 1, 8)),
+        "new_kv": jnp.zeros((3, 1, 8)),
+        "slot_mapping": jnp.zeros(3, jnp.int32),
+    },
+    "get_slot_mapping": {
+        "block_table": jnp.zeros((2, 2), jnp.int32),
+        "positions": jnp.zeros((2, 1), jnp.int32),
+        "page_block_size": 64,
+    },
+    "decode_cost": {
+        "q": jnp.zeros((2, 1, 4, 8)),
+        "k_cache": jnp.zeros((4, 64, 1, 8)),
+        "cache_seqlens": [70, 3],
+        "head_dim_v": 4,
+        "causal": True,
+        "causal_offset": [0, -1],
+    },
+    "merge_attention_states": {
+        "outs": jnp.zeros((2, 2, 1, 4, 8)), "lses": jnp.zeros((2, 2, 4, 1))
+    },
+    "merge_attention_states_across": {
+        "out": jnp.zeros((2, 1, 4, 8)), "lse": jnp.zeros((2, 4, 1)), "axis_name": "x"
+    },
+}  # fmt: skip
+OPTIONAL = {"tile_scheduler_metadata", "num_splits", "causal_offset"}
+ARRAYS = [
+    (function, name)
+    for function, arguments in FUNCTIONS.items()
+    for name, value in arguments.items()
+    if isinstance(value, jax.Array | list)
+]
+STRUCTS_WILL_DO = {("decode_cost", "q"), ("decode_cost", "k_cache")}
+WITH_IMPLEMENTATION = [
+    name
+    for name in FUNCTIONS
+    if "implementation" in inspect.signature(getattr(fm, name)).parameters
+]
+
+
+def call(function, **changes):
+    return getattr(fm, function)(**{**FUNCTIONS[function], **changes})
+
+
+def test_the_table_is_complete():
+    """Every public function, with every argument that is an array; and all are right."""
+    public = {name for name in fm.__all__ if inspect.isfunction(getattr(fm, name))}
+    assert public == set(FUNCTIONS)
+    for function, arguments in FUNCTIONS.items():
+        annotations = inspect.signature(getattr(fm, function)).parameters
+        arrays = {n for n, p in annotations.items() if "rray" in str(p.annotation)}
+        assert arrays == {name for f, name in ARRAYS if f == function}, function
+        required = {n for n, p in annotations.items() if p.default is p.empty}
+        assert required <= set(arguments)
+        if function != "merge_attention_states_across":
+            call(function)
+
+
+@pytest.mark.parametrize(("function", "name"), ARRAYS)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "None"),
+        (jax.ShapeDtypeStruct((2, 7), jnp.int32), r"ShapeDtypeStruct\(shape=\(2, 7\)"),
+        ("many", "'many' of type str"),
+        ({"a": 1}, r"\{'a': 1\} of type dict"),
+        (METADATA, "TileSchedulerMetadata"),
+    ],
+    ids=["None", "ShapeDtypeStruct", "str", "dict", "schedule"],
+)
+def test_not_an_array(function, name, value, message):
+    if value is None and name in OPTIONAL:
+        pytest.skip("may be None")
+    if isinstance(value, jax.ShapeDtypeStruct) and (function, name) in STRUCTS_WILL_DO:
+        pytest.skip("needs only a shape and a dtype")
+    with pytest.raises(TypeError, match=rf"^{name} must be .*, got .*{message}") as error:
+        call(function, **{name: value})
+    assert len(str(error.value)) < 400, "it prints all of the value"
+
+
+def test_structs_in_a_schedule():
+    """A schedule that jax.eval_shape made has no values."""
+    structs = jax.eval_shape(lambda: METADATA)
+    with pytest.raises(TypeError, match=r"^tile_scheduler_metadata\.part_bounds must be an array"):
+        call("flash_mla_with_kvcache", tile_scheduler_metadata=structs)
+
+
+def test_huge_values_are_cut():
+    with pytest.raises(
+        TypeError, match=r"^cache_seqlens must be an array, got \[.{0,120}\.\.\. of"
+    ):
+        call("get_mla_metadata", cache_seqlens=["x" * 1000] * 1000)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("function", WITH_IMPLEMENTATION)
+def test_misspelt_implementation(function, tokens):
+    """Also of an append that has nothing to do."""
+    changes = {"implementation": "cudda"}
+    if function == "append_kv_cache":
+        changes |= {
+            "new_kv": jnp.zeros((tokens, 1, 8)),
+            "slot_mapping": jnp.zeros(tokens, jnp.int32),
+        }
+    message = r"^implementation must be one of \('auto', 'cuda', 'xla'\), got 'cudda'"
+    with pytest.raises(ValueError, match=message):
+        call(function, **changes)
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 1, 8), (4, 64, 1, 0), (0, 0, 0, 0)])
+def test_misspelt_implementation_of_an_append_to_nothing(shape):
+    new_kv = jnp.zeros((3, *shape[2:]))
+    with pytest.raises(ValueError, match=r"^implementation must be one of"):
+        call("append_kv_cache", k_cache=jnp.zeros(shape), new_kv=new_kv, implementation="XLA")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tile_scheduler_metadata": NUM_SPLITS, "num_splits": METADATA},
+            r"^num_splits must be an array, got a TileSchedulerMetadata; pass "
+            r"tile_scheduler_metadata before num_splits",
+        ),
+        (
+            {"tile_scheduler_metadata": (METADATA, NUM_SPLITS), "num_splits": None},
+            "^tile_scheduler_metadata must be the TileSchedulerMetadata that get_mla_metadata "
+            "returns first, got .* of type tuple",
+        ),
+        (
+            {"tile_scheduler_metadata": NUM_SPLITS},
+            r"^tile_scheduler_metadata must be .*, got an array of type int32\[3\]",
+        ),
+        (
+            {"num_splits": (METADATA, NUM_SPLITS)},
+            "^num_splits must be an array, got .* of type tuple",
+        ),
+    ],
+)
+def test_schedule_in_the_wrong_place(changes, message):
+    with pytest.raises(TypeError, match=message):
+        call("flash_mla_with_kvcache", **changes)
+
+
+INT32 = "must fit into int32, got 1099511627776"
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "message"),
+    [
+        ("get_slot_mapping", {"page_block_size": 2**40}, f"^page_block_size {INT32}"),
+        ("get_mla_metadata", {"num_heads_per_head_k": 2**40}, f"^num_heads_per_head_k {INT32}"),
+        ("get_mla_metadata", {"num_heads_k": 2**40}, f"^num_heads_k {INT32}"),
+        (
+            "get_mla_metadata",
+            {"num_heads_per_head_k": 2**20, "num_heads_k": 2**20},
+            r"^num_heads_per_head_k \* num_heads_k must be at most 1073741823, got 1048576 \* 1",
+        ),
+        (
+            "get_mla_metadata",
+            {"num_sms": 2**40},
+            "^num_sms must be at most 134217728, got 1099511627776",
+        ),
+        (
+            "get_mla_metadata",
+            {"fixed_split_size": 64, "max_seqlen": 2**40},
+            f"^max_seqlen {INT32}",
+        ),
+        (
+            "get_mla_metadata",
+            {"cache_seqlens": jnp.zeros(2**10, jnp.int32), "fixed_split_size": 64,
+             "max_seqlen": 2**31 - 1},
+            "^fixed_split_size=64 and max_seqlen=2147483647 make 34359738368 splits .*larger",
+        ),
+        ("flash_mla_with_kvcache", {"head_dim_v": 2**40}, f"^head_dim_v {INT32}"),
+        ("decode_cost", {"head_dim_v": 2**40}, f"^head_dim_v {INT32}"),
+    ],
+)  # fmt: skip
+def test_sizes_that_are_too_large(function, changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(function, **changes)
+
+
+def test_largest_sizes():
+    """Those that the messages allow work, as far as shapes go."""
+    table = jnp.array([[0, 1]], jnp.int32)
+    assert fm.get_slot_mapping(table, jnp.array([[5]], jnp.int32), 2**31 - 1).tolist() == [[5]]
+    metadata, _ = jax.eval_shape(lambda n: fm.get_mla_metadata(n, 1, 1, num_sms=2**27), LENGTHS)
+    assert metadata.part_bounds.shape == (2**27 + 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"head_dim_v": 9}, ValueError, "^head_dim_v must be at most the d_k of q, 8, got 9"),
+        ({"head_dim_v": 0}, ValueError, "^head_dim_v must be an int of at least 1, got 0"),
+        (
+            {"cache_seqlens": [1.9, 2]},
+            TypeError,
+            r"^cache_seqlens must be 2 integers, got \[1\.9, 2\] of type list",
+        ),
+        ({"cache_seqlens": [[1], [1, 2]]}, TypeError, "^cache_seqlens must be 2 integers"),
+        ({"cache_seqlens": [True, False]}, TypeError, "^cache_seqlens must be 2 integers"),
+        ({"cache_seqlens": [[1, 2]]}, ValueError, r"^cache_seqlens must have shape \[b\]"),
+        ({"causal_offset": [0.5, 1]}, TypeError, "^causal_offset must be 2 integers"),
+        (
+            {"k_cache": jnp.zeros((4, 64, 8))},
+            ValueError,
+            r"^k_cache must have shape \[num_blocks, .*, h_kv, d_k\], got \[4, 64, 8\]",
+        ),
+        ({"q": jnp.zeros((2, 4, 8))}, ValueError, r"^q must have shape .*got \[2, 4, 8\]"),
+        ({"q": jnp.zeros((2, 1, 4, 8), jnp.int8)}, TypeError, "^q must have dtype .*got int8"),
+        (
+            {"k_cache": jnp.zeros((4, 64, 1, 8), jnp.bfloat16)},
+            TypeError,
+            "^k_cache must have dtype float32, got bfloat16",
+        ),
+        ({"k_cache": jnp.zeros((4, 64, 1, 9))}, ValueError, "^k_cache .*axis 3 must be 8"),
+        ({"k_cache": jnp.zeros((4, 64, 3, 8))}, ValueError, "h_kv must divide h_q: .*3 KV heads"),
+        ({"k_cache": jnp.zeros((4, 0, 1, 8))}, ValueError, "only axis 0 of k_cache may be empty"),
+    ],
+)
+def test_cost(changes, error, message):
+    """It refuses what the call itself refuses."""
+    with pytest.raises(error, match=message):
+        call("decode_cost", **changes)
+
+
+def test_comparing_schedules():
+    other, _ = fm.get_mla_metadata(LENGTHS, 4, 1, num_sms=2, implementation="xla")
+    advice = r"compare field by field, as in jax\.numpy\.array_equal"
+    for compare in (lambda: other == METADATA, lambda: other != METADATA):
+        with pytest.raises(TypeError, match=advice):
+            compare()
+        with pytest.raises(TypeError, match=advice):
+            jax.jit(lambda a, b: a == b)(other, METADATA)
+    assert METADATA != None  # noqa: E711
+    assert NUM_SPLITS.tolist() != METADATA
+    with pytest.raises(TypeError, match="unhashable type: 'TileSchedulerMetadata'"):
+        hash(METADATA)
+
+
+def test_arrays_may_be_numpy_arrays_and_lists():
+    slots = fm.get_slot_mapping(np.array([[7, 2]], np.int32), [[0, 64]], 64)
+    assert slots.tolist() == [[448, 128]]
