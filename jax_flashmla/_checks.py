@@ -24,30 +24,11 @@ def as_array(name: str, value: Any) -> jax.Array:
             "through jax.eval_shape, or make an array of it with jax.numpy.zeros"
         )
     try:
-        return jnp.asarray(value)
+        array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be an array, got {describe(value)}") from None
-
-
-def int32_array(name: str, value: Any, axes: str) -> jax.Array:
-    """`value` as an i32 array; `axes` is its shape in words, as for `check_array`."""
-    array = as_array(name, value)
-    check_array(name, array, axes, (jnp.int32,))
+    _refuse_partial_sums(name, array)
     return array
-
-
-def check_array(name: str, x: Any, axes: str, dtypes: Iterable[DTypeLike] | None = None) -> None:
-    """Checks rank, dtype and type; `axes` is the shape in words, as "b s_q h_q d_k"."""
-    names = axes.split()
-    if len(x.shape) != len(names):
-        raise ValueError(f"{name} must have shape [{', '.join(names)}], got {list(x.shape)}")
-    if dtypes is not None:
-        allowed = [np.dtype(d) for d in dtypes]
-        if x.dtype not in allowed:
-            words = " or ".join(d.name for d in allowed)
-            raise TypeError(f"{name} must have dtype {words}, got {np.dtype(x.dtype).name}")
-    if isinstance(x, jax.Array):
-        _refuse_partial_sums(name, x)
 
 
 def _refuse_partial_sums(name: str, x: jax.Array) -> None:
@@ -66,6 +47,25 @@ def _refuse_partial_sums(name: str, x: jax.Array) -> None:
             f"{aval.str_short()}: only derivatives need that type. Change it first, with "
             "jax.lax.pcast(..., to='varying') inside jax.shard_map or with jax.reshard outside"
         )
+
+
+def int32_array(name: str, value: Any, axes: str) -> jax.Array:
+    """`value` as an i32 array; `axes` is its shape in words, as for `check_array`."""
+    array = as_array(name, value)
+    check_array(name, array, axes, (jnp.int32,))
+    return array
+
+
+def check_array(name: str, x: Any, axes: str, dtypes: Iterable[DTypeLike] | None = None) -> None:
+    """Checks rank and dtype; `axes` is the shape in words, as "b s_q h_q d_k"."""
+    names = axes.split()
+    if len(x.shape) != len(names):
+        raise ValueError(f"{name} must have shape [{', '.join(names)}], got {list(x.shape)}")
+    if dtypes is not None:
+        allowed = [np.dtype(d) for d in dtypes]
+        if x.dtype not in allowed:
+            words = " or ".join(d.name for d in allowed)
+            raise TypeError(f"{name} must have dtype {words}, got {np.dtype(x.dtype).name}")
 
 
 def check_axis(name: str, x: Any, axis: int, expected: int, why: str) -> None:

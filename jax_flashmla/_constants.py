@@ -15,6 +15,9 @@ JOIN_ROWS = 16
 join: W units of work in parts of t make W / t partial results, and each costs as much as its query
 rows plus JOIN_ROWS more. Measured: the best t solves JOIN_COST * t**2 = W * (rows + JOIN_ROWS)."""
 
+MAX_JOIN_WORK, MAX_JOIN_ROWS = 2**17, 2**13
+"""W and rows + JOIN_ROWS count as at most these, so that int32 holds their product."""
+
 MAX_MIN_PART = 8
 """The smallest part has at most this many tiles. A larger part is set by the number of parts."""
 

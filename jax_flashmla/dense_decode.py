@@ -139,7 +139,7 @@ def flash_mla_with_kvcache(
 
 
 def _by_sequence(name: str, value: Any, axes: str, b: int) -> jax.Array:
-    """An i32 argument of which axis 0 is the batch."""
+    """An i32 argument with the batch as axis 0."""
     array = int32_array(name, value, axes)
     check_axis(name, array, 0, b, "the batch of q")
     return array

@@ -17,7 +17,7 @@ from ._op import Op
 from .reference import schedule as reference
 
 _MAX_ROWS = INT32_MAX // 2
-_MAX_PARTS = 2**27  # beyond it a part's first tile may not fit into int32
+_MAX_PARTS = 2**27  # with more, the place where a part begins may not fit into int32
 
 _SERIALIZED_NAME = "jax_flashmla.TileSchedulerMetadata"
 
@@ -99,7 +99,7 @@ def _serialize_static(static: tuple[int | None, ...]) -> bytes:
 
 def _deserialize_static(data: bytes | bytearray) -> tuple[int | None, ...]:
     static = json.loads(data)
-    if len(static) == 5:  # written by version 0.1.0, with the batch and the number of parts
+    if len(static) == 5:  # older programs hold the batch and the number of parts too
         _, rows, h_kv, _, fixed_split_size = static
         return rows, h_kv, fixed_split_size
     return tuple(static)
@@ -193,7 +193,7 @@ def get_mla_metadata(
         if isinstance(num_parts, int) and num_parts > _MAX_PARTS:
             raise ValueError(
                 f"fixed_split_size={fixed_split_size} and max_seqlen={max_seqlen} make {num_parts} "
-                f"splits of {b} sequences, of which there may be {_MAX_PARTS}; pass larger splits"
+                f"splits for {b} sequences, more than {_MAX_PARTS}; pass a larger fixed_split_size"
             )
     part_bounds, first_part, num_splits = get_mla_metadata_op(
         cache_seqlens,
@@ -207,7 +207,7 @@ def get_mla_metadata(
 
 
 def default_num_parts(rows: int, h_kv: int, num_sms: int | None = None) -> int:
-    """The SMs for each row tile of each KV head, of which one has `rows` query rows."""
+    """How many SMs there are for each row tile of each KV head. A KV head has `rows` query rows."""
     if num_sms is None:
         num_sms = _local_num_sms()
     return max(1, num_sms // (-(-rows // ROW_TILE) * h_kv))

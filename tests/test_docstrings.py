@@ -44,7 +44,8 @@ def test_example(name):
 def test_sections(name):
     found = sections(name)
     assert list(found) == ["Args", "Returns", "Raises", "Example"]
-    described = ", ".join(re.findall(r"^  ([a-z_]+(?:, [a-z_]+)*):", found["Args"], re.MULTILINE)).split(", ")
+    entries = re.findall(r"^  ([a-z_]+(?:, [a-z_]+)*):", found["Args"], re.MULTILINE)
+    described = ", ".join(entries).split(", ")
     assert described == list(inspect.signature(getattr(fm, name)).parameters)
     assert "TypeError" in found["Raises"]
     assert "ValueError" in found["Raises"]

@@ -205,7 +205,7 @@ INT32 = "must fit into int32, got 1099511627776"
             "get_mla_metadata",
             {"cache_seqlens": jnp.zeros(2**10, jnp.int32), "fixed_split_size": 64,
              "max_seqlen": 2**31 - 1},
-            "^fixed_split_size=64 and max_seqlen=2147483647 make 34359738368 splits .*larger",
+            "^fixed_split_size=64 and max_seqlen=2147483647 make 34359738368 splits .*a larger",
         ),
         ("flash_mla_with_kvcache", {"head_dim_v": 2**40}, f"^head_dim_v {INT32}"),
         ("decode_cost", {"head_dim_v": 2**40}, f"^head_dim_v {INT32}"),

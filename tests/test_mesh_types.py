@@ -51,6 +51,14 @@ OPS = {  # function, and the shape and dtype of each array
             "slot_mapping": ((2,), I32),
         },
     ),
+    "append_kv_cache without a head axis": (
+        fm.append_kv_cache,
+        {"k_cache": ((2, 16, 1, 8), F32), "new_kv": ((2, 8), F32), "slot_mapping": ((2,), I32)},
+    ),
+    "append_kv_cache of no tokens": (
+        fm.append_kv_cache,
+        {"k_cache": ((2, 16, 1, 8), F32), "new_kv": ((0, 1, 8), F32), "slot_mapping": ((0,), I32)},
+    ),
     "get_slot_mapping": (
         lambda block_table, positions: fm.get_slot_mapping(block_table, positions, 16),
         {"block_table": ((2, 1), I32), "positions": ((2, 2), I32)},

@@ -11,7 +11,7 @@ from ._math import ceil_div
 # temporary memory.
 _CHUNK_TOKENS = 1024  # of each sequence
 _CHUNK_ELEMENTS = 2**25  # of K in float32
-_SYMBOLIC_BATCH = 128  # stands for a symbolic batch (jax.export) when the chunk's size is chosen
+_SYMBOLIC_BATCH = 128  # taken for a symbolic batch (jax.export) when the chunk's size is chosen
 
 
 def _size_or(dim: Any, default: int) -> int:

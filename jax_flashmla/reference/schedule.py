@@ -10,6 +10,8 @@ from .._constants import (
     JOIN_COST,
     JOIN_ROWS,
     JOINED_SPLITS,
+    MAX_JOIN_ROWS,
+    MAX_JOIN_WORK,
     MAX_MIN_PART,
     SEQUENCE_OVERHEAD,
     TILE_TOKENS,
@@ -71,8 +73,7 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[ja
 
 def _smallest_part(total: jax.Array, rows: int) -> jax.Array:
     """The tiles of the smallest part that is worth its partial results, where all cost `total`."""
-    # The bounds keep the product within int32. Larger values give the same result.
-    work = jnp.minimum(total, 2**17) * min(rows + JOIN_ROWS, 2**13)
+    work = jnp.minimum(total, MAX_JOIN_WORK) * min(rows + JOIN_ROWS, MAX_JOIN_ROWS)
     tiles = jnp.arange(1, MAX_MIN_PART, dtype=jnp.int32)
     return 1 + jnp.sum(JOIN_COST * tiles**2 < work, dtype=jnp.int32)
 
