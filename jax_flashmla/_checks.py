@@ -76,10 +76,32 @@ def check_axis(name: str, x: Any, axis: int, expected: int, why: str) -> None:
         )
 
 
+def check_never_empty(name: str, x: Any, axis: int) -> None:
+    """Checks that a symbolic size (jax.export) cannot be 0; leaves known sizes alone."""
+    size = x.shape[axis]
+    if isinstance(size, int):
+        return
+    try:
+        fits = size >= 1
+    except jax.errors.InconclusiveDimensionOperation:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}, and its symbolic axis {axis} may be 0; pass "
+            f'jax.export.symbolic_shape the constraint "{size} >= 1"'
+        )
+
+
 def check_decode_shapes(q: Any, k_cache: Any, head_dim_v: int, dtypes: Iterable[DTypeLike]) -> int:
     """Checks q, k_cache and head_dim_v of a decode against each other; returns head_dim_v."""
     check_array("q", q, "b s_q h_q d_k", dtypes)
     check_array("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", (q.dtype,))
+    for name, shape in (("q", q.shape), ("k_cache", k_cache.shape)):
+        if not all(isinstance(size, int) for size in shape[1:]):
+            raise TypeError(
+                f"only axis 0 of {name} may be symbolic in jax.export, got shape {list(shape)}; "
+                "export one program for each of the other sizes"
+            )
     if 0 in q.shape:
         raise ValueError(f"q must have no empty axis, got shape {list(q.shape)}")
     if 0 in k_cache.shape[1:]:

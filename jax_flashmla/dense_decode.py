@@ -12,11 +12,11 @@ from ._checks import (
     check_axis,
     check_decode_shapes,
     check_implementation,
+    check_never_empty,
     check_offset_has_mask,
     describe,
     int32_array,
     static_bool,
-    static_int,
     static_positive_float,
 )
 from ._constants import FLAGS_PER_ROW_TILE, ROW_TILE, SCALES_PER_ROW, SPLITS_PER_PART
@@ -106,6 +106,8 @@ def flash_mla_with_kvcache(
     h_kv = k_cache.shape[2]
     block_table = _by_sequence("block_table", block_table, "b max_blocks", b)
     cache_seqlens = _by_sequence("cache_seqlens", cache_seqlens, "b", b)
+    check_never_empty("q", q, 0)
+    check_never_empty("block_table", block_table, 1)
     scale = static_positive_float(
         "softmax_scale", d_k**-0.5 if softmax_scale is None else softmax_scale
     )
@@ -119,7 +121,7 @@ def flash_mla_with_kvcache(
     schedule = _schedule_arrays(tile_scheduler_metadata, num_splits, b, rows, h_kv)
     num_parts = None  # where there is a schedule, it says this
     if not schedule:
-        num_parts = default_num_parts(static_int("s_q * h_q / h_kv", rows), h_kv)
+        num_parts = default_num_parts(rows, h_kv)
     out, lse = flash_mla_with_kvcache_op(
         q,
         k_cache,

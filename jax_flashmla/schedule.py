@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from . import _ffi
-from ._checks import INT32_MAX, check_implementation, int32_array, static_int
+from ._checks import INT32_MAX, check_implementation, check_never_empty, int32_array, static_int
 from ._constants import ROW_TILE, TILE_TOKENS
 from ._op import Op
 from .reference import schedule as reference
@@ -184,6 +184,7 @@ def get_mla_metadata(
     b = cache_seqlens.shape[0]
     if b == 0:
         raise ValueError("cache_seqlens must hold at least one sequence, got shape [0]")
+    check_never_empty("cache_seqlens", cache_seqlens, 0)
     if fixed_split_size is None and max_seqlen is None:
         sms = None if num_sms is None else static_int("num_sms", num_sms, maximum=_MAX_PARTS)
         num_parts = default_num_parts(rows, h_kv, sms)

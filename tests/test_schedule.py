@@ -288,7 +288,7 @@ def test_equal_lengths_get_equal_splits(batch, length, splits):
     ],
 )
 def test_number_of_parts(rows, h_kv, num_sms, parts, monkeypatch):
-    monkeypatch.setattr(schedule._ffi, "local_cuda_devices", lambda: [])
+    monkeypatch.setattr(schedule._ffi, "sm_count", lambda: 132)
     metadata, _ = fm.get_mla_metadata(
         jnp.ones(2, jnp.int32), rows, h_kv, num_sms=num_sms, implementation="xla"
     )

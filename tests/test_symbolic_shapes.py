@@ -188,3 +188,58 @@ def test_schedule_of_a_symbolic_batch_as_argument_and_result():
     again, following = loaded.call(metadata, num_splits)
     np.testing.assert_array_equal(again.part_bounds, metadata.part_bounds)
     np.testing.assert_array_equal(following, num_splits + 1)
+
+
+def decode_structs(b="b", s_q="1", h_q="16", pages="p", page="64", h_kv="1", width="w"):
+    sizes = export.symbolic_shape(", ".join((b, s_q, h_q, pages, page, h_kv, width)))
+    b, s_q, h_q, pages, page, h_kv, width = sizes
+    return (
+        struct(b, s_q, h_q, D_K, dtype=jnp.bfloat16),
+        struct(pages, page, h_kv, D_K, dtype=jnp.bfloat16),
+        struct(b, width),
+        struct(b),
+    )
+
+
+def decode(*arrays):
+    return fm.flash_mla_with_kvcache(*arrays, 512)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        (
+            {"s_q": "s"},
+            TypeError,
+            r"only axis 0 of q may be symbolic .*got shape \[b, s, 16, 576\]",
+        ),
+        ({"h_q": "h"}, TypeError, r"only axis 0 of q may be symbolic .*got shape \[b, 1, h, 576\]"),
+        (
+            {"page": "t"},
+            TypeError,
+            r"only axis 0 of k_cache .*got shape \[p, t, 1, 576\]; export one",
+        ),
+        ({"h_kv": "h"}, TypeError, r"only axis 0 of k_cache .*got shape \[p, 64, h, 576\]"),
+        ({"b": "b - 1"}, ValueError, r'q has shape \[b - 1, .*axis 0 may be 0; .* "b - 1 >= 1"'),
+        ({"width": "w - 1"}, ValueError, r'block_table .*axis 1 may be 0; .* "w - 1 >= 1"'),
+    ],
+)
+def test_symbolic_sizes_that_decode_refuses(sizes, error, message):
+    with pytest.raises(error, match=message):
+        jax.eval_shape(decode, *decode_structs(**sizes))
+
+
+def test_constraints_that_the_messages_name():
+    """With them the program is exported."""
+    for constraint in ("b - 1 >= 1", "b >= 2"):
+        b, w = export.symbolic_shape("b, w", constraints=[constraint, "w - 1 >= 1"])
+        arrays = (
+            struct(b - 1, 1, 16, D_K, dtype=jnp.bfloat16),
+            struct(8, 64, 1, D_K, dtype=jnp.bfloat16),
+            struct(b - 1, w - 1),
+            struct(b - 1),
+        )
+        out, _ = export.export(jax.jit(lambda *a: (decode(*a), make(a[3]))))(*arrays).out_avals[:2]
+        assert out.shape == (b - 1, 1, 16, 512)
+    with pytest.raises(ValueError, match=r'^cache_seqlens has shape \[b - 1\].* "b - 1 >= 1"'):
+        jax.eval_shape(make, struct(export.symbolic_shape("b")[0] - 1))
