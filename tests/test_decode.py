@@ -861,7 +861,7 @@ def test_metadata_of_another_call(made_for, message):
 
 def test_metadata_of_another_kind():
     metadata, num_splits = schedule_for()
-    with pytest.raises(TypeError, match=r"tile_scheduler_metadata must be .*got tuple"):
+    with pytest.raises(TypeError, match=r"tile_scheduler_metadata must be .*got .* of type tuple"):
         call_with(tile_scheduler_metadata=(metadata,), num_splits=num_splits)
     with pytest.raises(ValueError, match=r"num_splits .*must be 3"):
         call_with(tile_scheduler_metadata=metadata, num_splits=num_splits[1:])
