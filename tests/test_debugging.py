@@ -15,18 +15,19 @@ from jax.sharding import PartitionSpec as P
 
 import jax_flashmla as fm
 
-B, PAGE, D_K, D_V = 2, 16, 8, 4
+B, PAGE, D_K, D_V = 2, 16, 576, 512
 
 
-def decode(lengths, given=False):
-    q, k_cache = np.ones((B, 1, 4, D_K), np.float32), np.ones((B, PAGE, 1, D_K), np.float32)
-    schedule = fm.get_mla_metadata(lengths, 4, 1, num_sms=2) if given else (None, None)
+def decode(lengths, implementation, given=False):
+    q, k_cache = np.ones((B, 1, 4, D_K), jnp.bfloat16), np.ones((B, PAGE, 1, D_K), jnp.bfloat16)
+    options = {"implementation": implementation}
+    schedule = fm.get_mla_metadata(lengths, 4, 1, num_sms=2, **options) if given else (None, None)
     table = np.arange(B, dtype=np.int32)[:, None]
-    return fm.flash_mla_with_kvcache(q, k_cache, table, lengths, D_V, *schedule)
+    return fm.flash_mla_with_kvcache(q, k_cache, table, lengths, D_V, *schedule, **options)
 
 
-def append(arrays):
-    return fm.append_kv_cache(*arrays, np.ones(1, np.int32))
+def append(arrays, implementation):
+    return fm.append_kv_cache(*arrays, np.ones(1, np.int32), implementation=implementation)
 
 
 def lengths(*values):
@@ -35,18 +36,19 @@ def lengths(*values):
 
 def cache_and_token(value):
     shape = (1, PAGE, 1, D_K)
-    return np.zeros(shape, np.float32), np.full((1, 1, D_K), value, np.float32)
+    return np.zeros(shape, jnp.bfloat16), np.full((1, 1, D_K), value, jnp.bfloat16)
 
 
 def in_a_loop(function, x):
     def body(_, total):
-        return total + sum(leaf.sum() for leaf in jax.tree.leaves(function(x)))
+        return total + sum(leaf.sum(dtype=jnp.float32) for leaf in jax.tree.leaves(function(x)))
 
     return jax.lax.fori_loop(0, 2, body, jnp.float32(0))
 
 
 def in_shard_map(function, x):
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    devices = min(2, jax.device_count())
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P())(x)
 
 
@@ -112,8 +114,9 @@ def run_debugging(what, call, *args):
 
 
 @pytest.mark.parametrize(("case", "way"), RUNS)
-def test_error_names_the_op(case, way):
+def test_error_names_the_op(case, way, implementation):
     what, function, special, good, op, _ = CASES[case]
+    function = functools.partial(function, implementation=implementation)
     special, good = jax.tree.map(jnp.asarray, (special, good))
     run_debugging(what, WAYS[way], function, good)
     with pytest.raises(FloatingPointError, match=NAMED_INSTEAD.get(way, op)):
@@ -144,8 +147,8 @@ def test_merge_of_an_empty_part_makes_no_infinity(what):
 
 def test_disable_jit():
     """An eager call is compiled as one operation, whatever jax_disable_jit says."""
-    expected = decode(lengths(3, PAGE))
+    expected = decode(lengths(3, PAGE), "xla")
     with jax.disable_jit():
-        actual = decode(lengths(3, PAGE))
+        actual = decode(lengths(3, PAGE), "xla")
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, e)

@@ -67,7 +67,8 @@ WITH_IMPLEMENTATION = [
 
 
 def call(function, **changes):
-    return getattr(fm, function)(**{**FUNCTIONS[function], **changes})
+    reference = {"implementation": "xla"} if function in WITH_IMPLEMENTATION else {}
+    return getattr(fm, function)(**{**FUNCTIONS[function], **reference, **changes})
 
 
 def test_the_table_is_complete():

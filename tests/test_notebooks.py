@@ -29,9 +29,10 @@ lengths = jnp.array([70, 3], jnp.int32)
 
 def step(fm, metadata, num_splits):
     q, k_cache = jnp.ones((2, 1, 4, 8)), jnp.ones((4, 64, 1, 8))
-    k_cache = fm.append_kv_cache(k_cache, jnp.zeros((1, 8)), jnp.array([1], jnp.int32))
+    xla = {"implementation": "xla"}
+    k_cache = fm.append_kv_cache(k_cache, jnp.zeros((1, 8)), jnp.array([1], jnp.int32), **xla)
     table = jnp.array([[0, 1], [2, 3]], jnp.int32)
-    return fm.flash_mla_with_kvcache(q, k_cache, table, lengths, 4, metadata, num_splits)
+    return fm.flash_mla_with_kvcache(q, k_cache, table, lengths, 4, metadata, num_splits, **xla)
 
 def make(fm):
     return fm.get_mla_metadata(lengths, 4, 1, num_sms=3)
@@ -55,7 +56,11 @@ check(fm, *old)
 def run(code):
     process = subprocess.run(
         [sys.executable, "-c", SETUP + code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU has other users
+        },
         capture_output=True,
         text=True,
         timeout=300,

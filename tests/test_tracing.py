@@ -119,7 +119,11 @@ def test_tracing_starts_no_backend():
     code = "import test_tracing; test_tracing.trace_before_and_after_a_backend()"
     process = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU has other users
+        },
         capture_output=True,
         text=True,
         timeout=300,
