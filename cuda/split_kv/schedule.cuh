@@ -45,6 +45,11 @@ constexpr int kJoinedSplits = 2;
 constexpr int kJoinCost = 4096, kJoinRows = 16;
 // The minimum is never raised above this, in tiles. From there on the number of parts decides.
 constexpr int kMaxMinPartTiles = 8;
+// Keep the product of work and rows within int32. From kMaxJoinWork on the minimum is at its
+// maximum anyway; more than kMaxJoinRows rows count as kMaxJoinRows.
+constexpr int kMaxJoinWork = 1 << 17, kMaxJoinRows = 1 << 13;
+// No sum of costs exceeds this.
+constexpr int kTotalCostLimit = 1 << 30;
 
 // Where a part begins: tile `tile` of sequence `sequence`. (i, 0) is before all of sequence i.
 struct PartBound {
@@ -98,7 +103,7 @@ struct ScheduleInput {
   // of the two numbers is 1.
   Divisor aligned_sequences, aligned_splits;
   int32_t aligned_runs;  // runs of aligned_sequences sequences
-  int32_t max_tiles;     // of a sequence, so that no sum of costs exceeds 2^30
+  int32_t max_tiles;     // of a sequence, as kTotalCostLimit allows
 
   // `batch` must be at least 1.
   ScheduleInput(const int32_t* cache_seqlens, int32_t batch, int32_t num_parts, int32_t rows)
@@ -109,7 +114,7 @@ struct ScheduleInput {
         aligned_sequences(CeilDiv(batch, num_parts)),
         aligned_splits(std::max(num_parts / batch, 1)),
         aligned_runs(CeilDiv(batch, aligned_sequences.value)),
-        max_tiles((1 << 30) / batch - kSequenceOverhead) {}
+        max_tiles(kTotalCostLimit / batch - kSequenceOverhead) {}
 };
 
 // A sequence and where it begins on the line.
@@ -215,10 +220,9 @@ class Scheduler {
   }
 
  private:
-  // The smallest part that is worth its partial results. The bounds keep the product within int32:
-  // from 2^17 units on the result is the maximum anyway, and more than 2^13 rows count as 2^13.
+  // The smallest part that is worth its partial results.
   __device__ __forceinline__ int MinPartTiles() const {
-    const int work = min(total_, 1 << 17) * min(input_.rows + kJoinRows, 1 << 13);
+    const int work = min(total_, kMaxJoinWork) * min(input_.rows + kJoinRows, kMaxJoinRows);
     int tiles = 1;
 #pragma unroll
     for (int t = 1; t < kMaxMinPartTiles; ++t) tiles += kJoinCost * t * t < work ? 1 : 0;

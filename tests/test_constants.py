@@ -1,0 +1,63 @@
+"""The constants that Python and CUDA both have are equal."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jax_flashmla import _constants, _ffi, dense_decode
+
+CUDA = Path(__file__).parent.parent / "cuda"
+HEAD_DIM_K, HEAD_DIM_V = dense_decode.KERNEL_HEAD_DIMS
+
+# CUDA's name -> the value in Python, or the name that it has in jax_flashmla._constants.
+EQUAL = {
+    "mla/shapes.cuh": {
+        "kTileTokens": "TILE_TOKENS",
+        "kTileRows": "ROW_TILE",
+        "kQuarters": "SCALES_PER_ROW",
+        "kHeadDimK": HEAD_DIM_K,
+        "kHeadDimV": HEAD_DIM_V,
+        "kSms": _ffi.DEFAULT_SM_COUNT,
+    },
+    "split_kv/schedule.cuh": {
+        "kSequenceOverhead": "SEQUENCE_OVERHEAD",
+        "kAlignedTolerance": "ALIGNED_TOLERANCE",
+        "kJoinedSplits": "JOINED_SPLITS",
+        "kJoinCost": "JOIN_COST",
+        "kJoinRows": "JOIN_ROWS",
+        "kMaxMinPartTiles": "MAX_MIN_PART",
+        "kMaxJoinWork": "MAX_JOIN_WORK",
+        "kMaxJoinRows": "MAX_JOIN_ROWS",
+        "kTotalCostLimit": "TOTAL_COST_LIMIT",
+    },
+    "split_kv/partial_result.cuh": {"kPartialsPerPart": "SPLITS_PER_PART"},
+    "split_kv/work.cuh": {"kFlagsPerRowTile": "FLAGS_PER_ROW_TILE"},
+    "dense_decode/handler.cu": {
+        "kMinPage": min(dense_decode.KERNEL_PAGE_BLOCK_SIZES),
+        "kMaxPage": max(dense_decode.KERNEL_PAGE_BLOCK_SIZES),
+    },
+}
+
+
+def constants_of(file):
+    """The integers that a CUDA file declares as constexpr, such as `kA = 64, kB = 1 << 17`."""
+    text = (CUDA / file).read_text(encoding="utf-8")
+    found = {}
+    for declaration in re.findall(r"^constexpr int (k[^;]+);", text, re.MULTILINE):
+        for name, base, shift in re.findall(r"(k\w+) = (\d+)(?: << (\d+))?(?:,|$)", declaration):
+            found[name] = int(base) << int(shift or 0)
+    return found
+
+
+@pytest.mark.parametrize("file", EQUAL)
+def test_python_and_cuda_have_the_same_constants(file):
+    found = constants_of(file)
+    for name, ours in EQUAL[file].items():
+        value = getattr(_constants, ours) if isinstance(ours, str) else ours
+        assert found.get(name) == value, name
+
+
+def test_every_constant_of_the_package_is_compared():
+    compared = {ours for constants in EQUAL.values() for ours in constants.values()}
+    assert {name for name in vars(_constants) if name.isupper()} <= compared
