@@ -1,5 +1,5 @@
 # make demo, make test: everything from a fresh checkout. PYTHON chooses the interpreter (3.11 to
-# 3.14); without it, that of the venv, else the first below that is new enough and can make one.
+# 3.14). Without it, the venv's own is taken, else the first below that is new enough and has venv.
 VENV ?= .venv
 ifndef PYTHON
 pythons := $(VENV)/bin/python python3 python3.14 python3.13 python3.12 python3.11
@@ -10,19 +10,22 @@ endif
 gpu := $(wildcard /dev/nvidiactl)
 # jax finds a GPU only with CUDA's libraries; without them its plugin would complain.
 cuda := $(if $(gpu),+cuda13)
-# The extras to install, joined by "+". test has PyTorch, which test-core has not.
+# The extras for the tests, joined by "+". `test` has PyTorch, `test-core` does not.
 EXTRAS ?= test$(cuda)
 PYTEST_ARGS ?=
 
 comma := ,
 bin := $(VENV)/bin
 version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-stamp := $(VENV)/installed-$(version)-
-installed := $(stamp)$(EXTRAS)
-# For what works with either: all of it where it is installed already, else the smaller part.
-any := $(firstword $(wildcard $(installed)) $(stamp)test-core$(cuda))
 compiled := pyproject.toml CMakeLists.txt jax_flashmla/_targets.py $(shell find cmake cuda -type f)
 cxx := $(filter %.cu %.cuh %.h %.cc,$(compiled)) $(wildcard tests/*.cu)
+
+# Files in the venv that say what is installed: the package, compiled or not, and each set of extras.
+compiled_package := $(VENV)/package-$(version)
+python_package := $(VENV)/python-package-$(version)
+package := $(if $(JAX_FLASHMLA_PURE_PYTHON),$(python_package),$(compiled_package))
+extras := $(VENV)/extras-
+tests := $(extras)$(EXTRAS)
 
 ifeq ($(version),)
 $(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
@@ -33,18 +36,19 @@ across := $(addprefix tests/test_,$(addsuffix .py,transforms sharding lowering d
 
 .PHONY: demo test test-gpu sanitize lint format clean
 
-demo: $(any)
+# Without a GPU the demo runs the reference, so nothing is compiled for it.
+demo: $(if $(gpu),$(extras)cuda13,$(firstword $(wildcard $(compiled_package)) $(python_package)))
 	$(if $(gpu),,JAX_PLATFORMS=cpu) $(bin)/python examples/decode_loop.py
 
-# Linux's venv has what it takes to compile for an H200: there the tests that do must not be skipped.
-# Nor must those that compare with transformers.
-test: $(installed)
+# On Linux the venv can compile for an H200, so tests that do must not be skipped. Nor must those
+# that compare with transformers.
+test: $(tests)
 	JAX_PLATFORMS=cpu JAX_FLASHMLA_REQUIRE_H200_COMPILER=$(if $(filter Linux,$(shell uname)),1) \
 	  JAX_FLASHMLA_REQUIRE_TRANSFORMERS=1 \
 	  $(bin)/pytest -n auto --maxprocesses 8 -m "not gpu" $(PYTEST_ARGS)
 
 # With another Python, from PATH or from pyenv: make test-on-3.13. Each gets the newest jax that
-# there is for it; for 3.11 that is 0.10.2, the oldest supported.
+# supports it; for 3.11 that is 0.10.2, the oldest that we support.
 test-on-%:
 	for python in python$* $(wildcard $(HOME)/.pyenv/versions/$*.*/bin/python); do \
 	  if $$python -c 'import ensurepip' 2> /dev/null; then \
@@ -54,22 +58,24 @@ test-on-%:
 	done; echo "there is no Python $* with venv" >&2; exit 1
 
 # On a machine with a Hopper GPU; without one it fails.
-test-gpu: $(installed)
+test-gpu: $(tests)
 	JAX_FLASHMLA_REQUIRE_GPU=1 $(bin)/pytest -m gpu $(PYTEST_ARGS)
 
-# With CUDA's compute-sanitizer on PATH. Of a schedule of garbage only the addresses matter.
-sanitize: $(installed)
+# Needs CUDA's compute-sanitizer on PATH. With --garbage the schedules are random numbers: then only
+# the addresses are checked.
+sanitize: $(tests)
 	for run in memcheck synccheck racecheck "memcheck --garbage"; do set -- $$run; \
 	  compute-sanitizer --tool $$1 --kernel-regex kns=jax_flashmla --error-exitcode 1 \
 	    $(bin)/python tests/sanitizer_sample.py $$2 || exit; \
 	done
 
-lint: $(any)
+lint: $(extras)lint
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/clang-format --dry-run -Werror $(cxx)
+	$(bin)/mypy
 
-format: $(any)
+format: $(extras)lint
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cxx)
@@ -77,11 +83,18 @@ format: $(any)
 clean:
 	rm -rf $(VENV) .venv-* build dist
 
-# The install is editable: a change to Python code needs no other, a change to what is compiled
-# makes one. A venv of another Python is made anew.
-$(stamp)%: $(compiled)
+pip_install := $(bin)/python -m pip install --disable-pip-version-check
+
+# The install is editable: a change to Python code needs no new one, a change to what is compiled
+# does. A venv of another Python is replaced.
+$(compiled_package) $(python_package): $(compiled)
 	[ "$$($(bin)/python -V 2>&1)" = "$$($(PYTHON) -V)" ] || $(PYTHON) -m venv --clear $(VENV)
-	rm -f $(VENV)/installed-*
-	$(bin)/python -m pip install --verbose --disable-pip-version-check \
-	  --config-settings cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable '.[$(subst +,$(comma),$*)]'
+	rm -f $(compiled_package) $(python_package) $(extras)*
+	$(if $(filter $@,$(python_package)),JAX_FLASHMLA_PURE_PYTHON=1) $(pip_install) --verbose \
+	  --config-settings cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON --editable .
+	touch $@
+
+# The package is there already, so this adds only what its extras name.
+$(extras)%: $(package)
+	$(pip_install) 'jax_flashmla[$(subst +,$(comma),$*)]'
 	touch $@
