@@ -31,8 +31,10 @@ ifeq ($(version),)
 $(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
 endif
 
-# The tests that depend most on the version of jax.
-across := $(addprefix tests/test_,$(addsuffix .py,transforms sharding lowering decode merge cache schedule batching models deepseek_parts))
+# The tests that depend on the version of jax: all but those of benchmarks, machine code and PyTorch,
+# and some that take long.
+across := $(filter-out tests/test_benchmark% $(addprefix tests/test_,$(addsuffix .py,\
+  batch_invariance build deepseek dense_decode_grid docs examples sm90)),$(wildcard tests/test_*.py))
 
 .PHONY: demo test test-gpu sanitize lint format clean
 
