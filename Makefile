@@ -20,12 +20,18 @@ version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 compiled := pyproject.toml CMakeLists.txt jax_flashmla/_targets.py $(shell find cmake cuda -type f)
 cxx := $(filter %.cu %.cuh %.h %.cc,$(compiled)) $(wildcard tests/*.cu)
 
-# Files in the venv that say what is installed: the package, compiled or not, and each set of extras.
+# Empty files that say what is in the venv: the package, compiled or not, and sets of extras.
 compiled_package := $(VENV)/package-$(version)
 python_package := $(VENV)/python-package-$(version)
-package := $(if $(JAX_FLASHMLA_PURE_PYTHON),$(python_package),$(compiled_package))
 extras := $(VENV)/extras-
 tests := $(extras)$(EXTRAS)
+# Lint needs no kernels, and without a GPU the demo runs the references: for these nothing is compiled.
+uses_kernels := $(wildcard $(compiled_package)) \
+  $(filter-out lint format $(if $(gpu),,demo),$(or $(MAKECMDGOALS),demo))
+ifdef JAX_FLASHMLA_PURE_PYTHON
+uses_kernels :=
+endif
+package := $(if $(strip $(uses_kernels)),$(compiled_package),$(python_package))
 
 ifeq ($(version),)
 $(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
@@ -38,8 +44,7 @@ across := $(filter-out tests/test_benchmark% $(addprefix tests/test_,$(addsuffix
 
 .PHONY: demo test test-gpu sanitize lint format clean
 
-# Without a GPU the demo runs the reference, so nothing is compiled for it.
-demo: $(if $(gpu),$(extras)cuda13,$(firstword $(wildcard $(compiled_package)) $(python_package)))
+demo: $(if $(gpu),$(extras)cuda13,$(package))
 	$(if $(gpu),,JAX_PLATFORMS=cpu) $(bin)/python examples/decode_loop.py
 
 # On Linux the venv can compile for an H200, so tests that do must not be skipped. Nor must those
@@ -89,7 +94,7 @@ pip_install := $(bin)/python -m pip install --disable-pip-version-check
 
 # The install is editable: a change to Python code needs no new one, a change to what is compiled
 # does. A venv of another Python is replaced.
-$(compiled_package) $(python_package): $(compiled)
+$(package): $(compiled)
 	[ "$$($(bin)/python -V 2>&1)" = "$$($(PYTHON) -V)" ] || $(PYTHON) -m venv --clear $(VENV)
 	rm -f $(compiled_package) $(python_package) $(extras)*
 	$(if $(filter $@,$(python_package)),JAX_FLASHMLA_PURE_PYTHON=1) $(pip_install) --verbose \
