@@ -1,20 +1,20 @@
-"""Generates tokens with a small DeepSeek-style decoder, from a cache that stays where it is.
+"""Generates tokens with a small DeepSeek-style decoder whose cache is updated in place.
 
     python examples/decode_loop.py [--layers L] [--batch B] [--heads H] [--steps S] ...
 
 The model is a stack of multi-head latent attention (MLA) layers with random weights. It shows:
 
-* One buffer holds the pages of every layer: layer l owns the num_pages from l * num_pages on, so
-  that one block table serves all layers, each adding its l * num_pages.
-* The cache rides in the carry of both loops, over the steps and over the layers, and is donated to
-  the jitted function. So each append writes into the buffer that came in: nothing copies the cache.
-* Pages are handed out inside the loop, when a sequence grows into its next one (`allocate_pages`).
-* The tile schedule is made once a step and serves all layers (`get_mla_metadata`).
-* One `forward` reads the ragged prompts, several tokens a call, and decodes, one token a call.
+* One buffer holds the pages of all layers. Layer l owns num_pages of them, from l * num_pages on.
+  So one block table serves all layers: each adds its l * num_pages.
+* The cache is in the carry of both loops, over the steps and over the layers, and it is donated to
+  the jitted function. So each append writes into the buffer that came in. Nothing copies the cache.
+* Pages are handed out inside the loop, when a sequence reaches its next page (`allocate_pages`).
+* The schedule is made once a step and serves all layers (`get_mla_metadata`).
+* The same `forward` reads the prompts, several tokens a call, and decodes, one token a call.
 
-At its end the script recomputes the logits of every generated token in float32 with plain
+At the end the script computes the logits of every generated token again, in float32 with plain
 attention: no pages, no absorption, keys and values expanded for every head. It exits with status 1
-where they disagree, and where the cache has moved.
+if they disagree or if the cache was not updated in place.
 
 Shape letters: b sequences, n new tokens of each, m model width, h heads, c latent width
 (kv_lora_rank), e query/key width of a head, v value width of a head, T tokens of a whole sequence.
@@ -37,18 +37,18 @@ from jax_flashmla import (
     get_slot_mapping,
 )
 
-# The relative L2 error allowed for the logits of any one token. What remains below it is rounding
-# to bfloat16; in the default run on a CPU a single token lost from the cache shows as 0.2.
+# The relative L2 error allowed for the logits of each token. Rounding to bfloat16 stays below it;
+# one token lost from the cache gives an error of 0.2 (default run on a CPU).
 TOLERANCE = 0.04
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is static about a run. Hashable: it is a static argument of the jitted functions."""
+    """The static options of a run. Hashable, as a static argument of jitted functions must be."""
 
     layers: int
     heads: int
-    num_pages: int  # pages a layer
+    num_pages: int  # pages of each layer
     width: int = 256  # m, of the residual stream
     mlp_width: int = 512
     vocab: int = 512
@@ -57,26 +57,24 @@ class Config:
     nope_dim: int = 128  # query/key width of a head without the rotary part
     value_dim: int = 128
     page_size: int = 64
-    weight_dtype: str = "bfloat16"  # also of the matmuls outside the op; their sums are float32
+    weight_dtype: str = "bfloat16"  # of operands of matmuls too; these sum in float32
     implementation: str = "auto"
 
     @property
     def softmax_scale(self):
-        # The scale follows the width of the heads before absorption, not the 576 columns of the
-        # cache (the op's default): always pass it. A model with YaRN multiplies it by mscale**2.
+        # The scale depends on the head width before absorption. The op's default is for the 576
+        # columns of the cache, so always pass your own. A model with YaRN multiplies by mscale**2.
         return (self.nope_dim + self.rope_dim) ** -0.5
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What a step reads and changes. Donate it whole."""
+    """What a step reads and changes. Donate all of it."""
 
     cache: jax.Array  # [layers * num_pages, page_size, 1, 576] bf16: every layer's pages
-    block_table: (
-        jax.Array
-    )  # [b, max_pages] i32: the pages of each sequence, -1 where it has none yet
-    lengths: jax.Array  # [b] i32: tokens in the cache; below 0: prompt padding still to come
+    block_table: jax.Array  # [b, max_pages] i32: the pages of each sequence, -1 for none yet
+    lengths: jax.Array  # [b] i32: tokens in the cache; negative: padding that is still to be read
     free_pages: jax.Array  # [num_pages] i32: the order in which pages are handed out
     num_used: jax.Array  # [] i32: how many of them are in use
 
@@ -85,7 +83,7 @@ class DecodeState:
 
 
 def init_weights(config, key):
-    """Random weights; those of the layers are stacked on a leading axis, which `lax.scan` walks."""
+    """Random weights. Those of the layers are stacked on a leading axis, for `lax.scan`."""
     m, h, c = config.width, config.heads, config.kv_lora_rank
     e, v, mlp = config.nope_dim + config.rope_dim, config.value_dim, config.mlp_width
     keys = iter(jax.random.split(key, 16))
@@ -96,7 +94,7 @@ def init_weights(config, key):
     layers = config.layers
     stack = {
         "attention_norm": jnp.ones((layers, m), config.weight_dtype),
-        # Twice the usual size: a softmax far from uniform, in which single tokens matter.
+        # Twice the usual size, so that the softmax is far from uniform and single tokens matter.
         "query": 2 * normal(layers, m, h, e, fan_in=m),
         "kv_down": normal(layers, m, c + config.rope_dim, fan_in=m),
         "kv_norm": jnp.ones((layers, c), config.weight_dtype),
@@ -117,7 +115,7 @@ def init_weights(config, key):
 
 
 def matmul(equation, x, w):
-    """x, rounded to w's dtype, times w; float32 out."""
+    """The product of x, rounded to w's dtype, and w, in float32."""
     return jnp.einsum(equation, x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
 
@@ -127,7 +125,7 @@ def rms_norm(x, gain, eps=1e-6):
 
 
 def rope(x, positions):
-    """Rotates neighbouring pairs of columns. x [..., n, heads, rope_dim], positions [..., n]."""
+    """Rotates pairs of adjacent columns. x [..., n, heads, rope_dim], positions [..., n]."""
     pairs = x.shape[-1] // 2
     frequency = 10000.0 ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
@@ -145,16 +143,16 @@ def mlp(w, x):
 
 
 def mla(w, x, cache, block_table, positions, lengths, schedule, config):
-    """Attention of one layer: x [b, n, m] -> ([b, n, m], the cache with the new tokens in it).
+    """Attention of one layer: x [b, n, m] -> ([b, n, m], the cache with the new tokens).
 
-    block_table: of this layer; positions [b, n]: of the new tokens; lengths [b]: with the new
-    tokens; schedule: what get_mla_metadata returned.
+    block_table has this layer's pages, positions [b, n] are those of the new tokens, lengths [b]
+    include the new tokens, schedule is the result of get_mla_metadata.
     """
     c = config.kv_lora_rank
 
     # Absorption: a key is key_up @ latent, and q . (key_up @ latent) is (q @ key_up) . latent.
-    # So with the queries in the latent space, all heads share one key, the cache entry itself, and
-    # one value, its first c columns.
+    # With queries in the latent space, all heads share one key (the cache entry) and one value (its
+    # first c columns).
     query = matmul("bnm,mhe->bnhe", x, w["query"])
     q_nope, q_rope = query[..., : config.nope_dim], query[..., config.nope_dim :]
     q_latent = matmul("bnhe,hec->bnhc", q_nope, w["key_up"])
@@ -165,8 +163,8 @@ def mla(w, x, cache, block_table, positions, lengths, schedule, config):
     latent, k_rope = rms_norm(down[..., :c], w["kv_norm"]), rope(down[..., None, c:], positions)
     entries = jnp.concatenate([latent[:, :, None], k_rope], axis=-1).astype(cache.dtype)
 
-    # Write, then read: a token attends to itself too. Padding (a position below 0) has slot -1,
-    # which writes nothing.
+    # Append first, because a token attends to itself too. Padding has negative positions and so
+    # slot -1, where nothing is written.
     slots = get_slot_mapping(block_table, positions, config.page_size)
     cache = append_kv_cache(
         cache,
@@ -186,7 +184,7 @@ def mla(w, x, cache, block_table, positions, lengths, schedule, config):
         implementation=config.implementation,
     )
 
-    # Back out of the latent space, then the usual output projection.
+    # Out of the latent space, then the usual output projection.
     values = matmul("bnhc,hcv->bnhv", attended, w["value_up"])
     return matmul("bnhv,hvm->bnm", values, w["out"]), cache
 
@@ -195,14 +193,14 @@ def mla(w, x, cache, block_table, positions, lengths, schedule, config):
 
 
 def init_cache(config):
-    """The pages of all layers in one buffer. Any contents would do: unused slots are never read."""
+    """The pages of all layers in one buffer. Its contents do not matter until they are written."""
     entry = config.kv_lora_rank + config.rope_dim
     shape = (config.layers * config.num_pages, config.page_size, 1, entry)
     return jnp.zeros(shape, jnp.bfloat16)
 
 
 def init_state(config, cache, lengths, max_pages, seed=0):
-    """No sequence has a page yet; pages are handed out in random order, at most max_pages each."""
+    """A state without any pages in use; they will be handed out in random order."""
     order = jax.random.permutation(jax.random.key(seed), config.num_pages)
     return DecodeState(
         cache=cache,
@@ -214,10 +212,10 @@ def init_state(config, cache, lengths, max_pages, seed=0):
 
 
 def allocate_pages(state, lengths, page_size):
-    """The block table and the count of used pages once the sequences have grown to `lengths`.
+    """The block table and the number of used pages, for sequences that grow to `lengths`.
 
-    A pool that has run dry gives -1 for a page: tokens there are not written, and attention makes
-    that sequence's output NaN. Other sequences do not notice.
+    When no page is left, the table gets -1: tokens there are not written, and attention makes that
+    sequence's output NaN. Other sequences are not affected.
     """
     have, need = (-(-jnp.maximum(n, 0) // page_size) for n in (state.lengths, lengths))
     grown = need - have
@@ -230,20 +228,20 @@ def allocate_pages(state, lengths, page_size):
 
 
 def forward(weights, state, tokens, config):
-    """Appends tokens [b, n]; returns the logits [b, vocab] after the last, and the new state."""
+    """Appends tokens [b, n]. Returns the logits [b, vocab] after the last, and the new state."""
     n = tokens.shape[1]
     lengths = state.lengths + n
     positions = lengths[:, None] - n + jnp.arange(n)
     block_table, num_used = allocate_pages(state, lengths, config.page_size)
 
-    # Once a step for all layers: it follows from the lengths alone. Its second argument counts the
-    # query rows a cache entry serves, n * h.
+    # Made once a step for all layers, because it depends only on the lengths. The second argument
+    # is the number of query rows of each KV head, n * h.
     schedule = get_mla_metadata(lengths, n * config.heads, 1, implementation=config.implementation)
 
     def layer(carry, xs):
         x, cache = carry
         w, index = xs
-        # This layer's pages. -1 must stay: -1 + index * num_pages is a page of another layer.
+        # This layer's pages. Keep -1: added to index * num_pages it is a page of another layer.
         table = jnp.where(block_table < 0, -1, block_table + index * config.num_pages)
         attended, cache = mla(
             w, rms_norm(x, w["attention_norm"]), cache, table, positions, lengths, schedule, config
@@ -261,11 +259,11 @@ def forward(weights, state, tokens, config):
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def prefill(weights, state, prompts, *, config):
-    """Reads prompts [chunks, b, n]; returns the logits [b, vocab] after them, and the new state.
+    """Reads prompts [chunks, b, n]. Returns the logits [b, vocab] after them, and the new state.
 
     The prompts are padded on the left to one length, and `state.lengths` starts at minus the
-    padding: all sequences reach their own length together. The padding does no harm: its positions
-    are negative, so it is not written, and the causal mask, aligned to the end, counts from there.
+    padding, so that all sequences end in the same step. Padding has negative positions, so it is
+    not written. The causal mask is aligned to the end of a sequence, so padding does not shift it.
     """
 
     def chunk(state, tokens):
@@ -278,9 +276,9 @@ def prefill(weights, state, prompts, *, config):
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="state")
 def decode(weights, state, first, *, config, steps):
-    """Decodes greedily, beginning with the tokens first [b].
+    """Decodes greedily, starting with the tokens `first` [b].
 
-    Returns (logits [steps, b, vocab], the tokens they follow [steps, b]), and the new state.
+    Returns (logits [steps, b, vocab], the token before each of them [steps, b]), and the new state.
     """
 
     def step(carry, _):
@@ -321,9 +319,9 @@ def plain_logits(weights, tokens, config):
 
 
 def largest_error(weights, prompts, fed, logits, config):
-    """Largest relative L2 error of any token's logits; NaN if any is.
+    """The largest relative L2 error of a token's logits; NaN if one of them is NaN.
 
-    prompts: b arrays; fed [steps, b], logits [steps, b, vocab]: what `decode` returned.
+    prompts has b arrays; logits [steps, b, vocab] and fed [steps, b] are from `decode`.
     """
     steps = fed.shape[0]
     sequences = np.zeros((len(prompts), max(map(len, prompts)) + steps), np.int32)
@@ -359,7 +357,7 @@ def parse_args(argv):
     option(
         "--prompt",
         default=2048 if hopper else 96,
-        help="longest prompt; lengths are drawn up to it",
+        help="tokens of the longest prompt; the others are shorter",
     )
     option("--width", default=2048 if hopper else 256, help="width of the residual stream")
     option("--page-size", default=64, help="tokens a page")
@@ -368,7 +366,7 @@ def parse_args(argv):
 
 
 def make_prompts(batch, longest, vocab):
-    """Random prompts of 1 to `longest` tokens, at least one of them the longest."""
+    """Random prompts of 1 to `longest` tokens. The first has `longest`."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, longest + 1, batch)
     lengths[0] = longest
@@ -376,7 +374,7 @@ def make_prompts(batch, longest, vocab):
 
 
 def pad_left(prompts, chunk):
-    """The prompts as [chunks, b, chunk], and minus the padding of each, [b]."""
+    """The padded prompts as [chunks, b, chunk], and minus the padding of each, [b]."""
     lengths = np.array([len(prompt) for prompt in prompts])
     width = -(-lengths.max() // chunk) * chunk
     padded = np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
@@ -421,9 +419,9 @@ def main(argv=None):
     run = decode.lower(weights, state, first, config=config, steps=args.steps).compile()
     kernel = "jax_flashmla_dense_decode" in run.as_text()
     say("compiled", f"the decode loop in {time.perf_counter() - began:.1f} s")
-    say("implementation", "cuda: the Hopper kernels" if kernel else "xla: the pure-JAX path")
+    say("implementation", "cuda: the Hopper kernels" if kernel else "xla: the references")
 
-    # Twice, in the same buffer, and the second is timed: the first loads kernels and libraries.
+    # Twice in the same buffer. The first run loads kernels and libraries; the second is timed.
     for _ in range(2):
         state = init_state(config, cache, starts, max(pages))
         logits, state = prefill(weights, state, chunks, config=config)

@@ -1,14 +1,16 @@
-"""A decoder of the DeepSeek family (V2, V2-Lite, V3, R1, Kimi-K2) in plain JAX on jax_flashmla.
+"""A decoder of the DeepSeek family (V2, V2-Lite, V3, R1, Kimi-K2) in JAX, on jax_flashmla.
 
-config.py         what a model is made of, from its config.json
+config.py         a model's dimensions and rules, from its config.json
 rope.py           rotary positions, with YaRN
-model.py          one forward pass over a paged cache: prefill and decode
-checkpoint.py     a folder of safetensors: what lies in it, what should
-weights.py        the parameters, loaded from such a folder or random
-sampling.py       the next token from its logits
-decoding.py       prompts in chunks, then a loop of steps on the device: a batch known beforehand
-parallel.py       the same on several devices
-block_manager.py  pages that are handed out, shared, and taken back
-batching.py       requests that join and leave between steps; for any model, as is block_manager.py
+model.py          one forward pass over a paged cache, for prefill and decode
+checkpoint.py     reads a folder of safetensors and checks it against the model
+weights.py        the parameters: loaded from such a folder, or random
+sampling.py       chooses the next token from logits
+decoding.py       a fixed batch: prompts in chunks, then a loop of steps on the device
+parallel.py       several devices
+block_manager.py  hands out pages, shares them, takes them back
+batching.py       continuous batching: requests join and leave between steps
 generate.py       the command: python -m examples.deepseek.generate --help
+
+batching.py and block_manager.py work with any model.
 """

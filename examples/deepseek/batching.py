@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave between steps, and nothing is compiled anew.
+"""Continuous batching: requests join and leave between steps, without a new compilation.
 
     step = make_step(forward, params, config)
     batcher = ContinuousBatcher(
@@ -9,18 +9,19 @@
         for request in batcher.step():  # those that got a token
             print(request.number, request.tokens[-1])
 
-A running request has one of max_batch slots, the rows of all arrays. What a step does to it follows
-from two numbers: how many tokens it has, and how many of these are in the cache. The rest, at most
-`chunk` of them, is what the step is given. So a prompt is read in chunks; a request that decodes
-has exactly one token left; and one that lost its pages has none in the cache and reads all of its
-tokens again. As long as any request has more than one token left, steps are `chunk` wide, and those
-that decode take part with one token; otherwise they are 1 wide. No other shape is compiled.
+A request is what a user submits: a prompt and how to answer it. While it runs it is one sequence of
+the batch, and it has one of max_batch slots; here a slot is a row of all arrays. A step looks at
+how many tokens a request has and how many of them are in the cache. It reads the others, at most
+`chunk` of them. So a prompt is read in chunks. A request that decodes has exactly one token left to
+read. A request that lost its pages has no token in the cache and reads all of them again. While any
+request has more than one token left, steps are `chunk` wide, and requests that decode take part
+with one token. Otherwise steps are 1 wide. No other shape is compiled.
 
-Pages: a request is admitted in the order of its submission when there are pages for all tokens that
-it has, and one more for each running request. When a running one needs a page and none is free, the
-request that was submitted last gives up its pages and its slot, keeps its tokens, and waits as the
-next one to be admitted. The request that was submitted first never does, and any request fits into
-the pool alone (`submit` sees to that), so all of them come to an end.
+Pages: requests are admitted in the order of submission. The next one is admitted when there are
+pages for all tokens that it has, and one more for each running request. When a running request
+needs a page and none is free, the one that was submitted last gives up its pages and its slot. It
+keeps its tokens and is the next to be admitted. The request that was submitted first never gives up
+its pages, and any request fits into the pool alone (`submit` checks that). So all of them finish.
 """
 
 import collections
@@ -37,15 +38,15 @@ from .block_manager import BlockManager, OutOfPages
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt and what has been generated for it; `ContinuousBatcher.submit` makes it."""
+    """A prompt and the tokens generated for it. `ContinuousBatcher.submit` makes it."""
 
     number: int  # in the order of submission
-    tokens: list[int]  # the prompt, then what was generated, an end-of-sequence token included
+    tokens: list[int]  # the prompt, then the generated ones, with the end-of-sequence token
     prompt_length: int
     max_tokens: int
-    options: dict[str, float | int]  # of sampling
+    options: dict[str, float | int]  # for sampling
     cached: int = 0  # tokens in the cache while it runs
-    reused: int = 0  # how many of them were found there when it was last admitted
+    reused: int = 0  # how many of them were in the cache already when it was last admitted
     preemptions: int = 0
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
 
@@ -61,24 +62,24 @@ class ContinuousBatcher:
     Args:
       step: step(cache, tokens, block_table, cache_seqlens, num_new) -> (result, cache), jitted,
         with the cache donated; `make_step` makes one.
-          tokens i32 [max_batch, s_q], s_q is `chunk` or 1: the new tokens of a slot are its last
-            num_new columns
+          tokens i32 [max_batch, s_q], where s_q is `chunk` or 1: the new tokens of a slot are its
+            last num_new columns
           block_table i32 [max_batch, max_blocks]: pages 0 .. num_blocks - 1, -1 where there is none
-          cache_seqlens i32 [max_batch]: tokens of each sequence, the new ones included
-          num_new i32 [max_batch]: 0 for an idle slot, whose length is 0 as well
-          result: the next tokens, ints [max_batch], or logits [max_batch, vocab], of which the
-            largest is taken
+          cache_seqlens i32 [max_batch]: tokens of each sequence, including the new ones
+          num_new i32 [max_batch]: 0 for an idle slot, whose length is 0 too
+          result: the next tokens, ints [max_batch]; or logits [max_batch, vocab], then the token
+            with the largest is taken
         With `options` there is a sixth argument, a dict of arrays [max_batch].
-      cache: the cache, all layers' pages in one buffer. It is used up; `batcher.cache` is the
-        present one.
-      num_blocks: pages a layer.
-      page_block_size: tokens a page.
-      max_batch: slots.
-      max_blocks: width of the block table: no request may need more pages.
-      chunk: the most tokens of a prompt that a step reads.
+      cache: the cache, with the pages of all layers in one buffer. It is donated: afterwards use
+        `batcher.cache`.
+      num_blocks: pages of each layer.
+      page_block_size: tokens of a page.
+      max_batch: number of batch slots.
+      max_blocks: width of the block table, and so the largest number of pages of a request.
+      chunk: the largest number of a prompt's tokens that a step reads.
       eos: the tokens that end a request.
-      options: names and defaults of the sampling options that a request may set; floats arrive as
-        f32, ints as i32. Beside them there is always "seed", u32, by default a request's number.
+      options: names and defaults of the sampling options that a request may set. Floats become f32,
+        ints i32. There is always one more, "seed", u32, by default the request's number.
     """
 
     def __init__(
@@ -116,17 +117,17 @@ class ContinuousBatcher:
     def submit(
         self, prompt: Sequence[int], max_tokens: int, *, seed: int | None = None, **options
     ) -> Request:
-        """Queues a request; it joins in one of the next steps.
+        """Queues a request. It joins the batch in one of the next steps.
 
         Args:
           prompt: its tokens, at least one.
-          max_tokens: the most tokens to generate.
-          seed, options: of sampling. A request's tokens follow from its seed and its own tokens,
-            not from what else is in the batch.
+          max_tokens: the largest number of tokens to generate.
+          seed, options: for sampling. The tokens depend on the request's seed and its own tokens,
+            not on the other requests in the batch.
 
         Raises:
           ValueError: the prompt is empty, max_tokens is below 1, an option is unknown, or the
-            request could not run even alone.
+            request needs more pages than there are.
         """
         tokens = [int(token) for token in prompt]
         if not tokens:
@@ -137,13 +138,13 @@ class ContinuousBatcher:
         if unknown or (seed is not None and self._options is None):
             known = "none" if self._options is None else ["seed", *self._options]
             raise ValueError(f"unknown options {unknown or ['seed']}; this batcher has {known}")
-        # The last token that is generated never enters the cache.
+        # The last generated token is never written to the cache.
         needed = self.manager.pages_for(len(tokens) + max_tokens - 1)
         limit = min(self.manager.num_blocks, self._table.shape[1])
         if needed > limit:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens and max_tokens={max_tokens} may need {needed} "
-                f"pages, but a sequence can have {limit}, the less of num_blocks and max_blocks"
+                f"pages, but a sequence can have {limit}, the smaller of num_blocks and max_blocks"
             )
         number = self._submitted
         self._submitted += 1
@@ -153,7 +154,7 @@ class ContinuousBatcher:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request now; does nothing if it is finished."""
+        """Ends a request now. Does nothing if it is finished."""
         if request.finish_reason is not None:
             return
         if request in self._waiting:
@@ -163,7 +164,7 @@ class ContinuousBatcher:
         request.finish_reason = "cancelled"
 
     def step(self) -> list[Request]:
-        """Runs one step; returns the requests that got a token, the last one of their tokens."""
+        """Runs one step. Returns the requests that got a token; it is the last of their tokens."""
         self._grow()
         self._admit()
         if not any(True for _ in self._running()):
@@ -183,7 +184,7 @@ class ContinuousBatcher:
         return ((slot, request) for slot, request in enumerate(self._slots) if request is not None)
 
     def _grow(self) -> None:
-        """Gets each running request the page for its next token, the oldest first."""
+        """Gives each running request the page for its next token, the oldest request first."""
         for slot, request in sorted(self._running(), key=lambda item: item[1].number):
             while self._slots[slot] is request:
                 try:
@@ -196,17 +197,17 @@ class ContinuousBatcher:
                 break
 
     def _admit(self) -> None:
-        """Fills idle slots with waiting requests, in order, as far as there are pages."""
+        """Puts waiting requests into idle slots, in order, while there are pages."""
         for slot, occupant in enumerate(self._slots):
             if occupant is not None or not self._waiting:
                 continue
             request = self._waiting[0]
-            # A page to spare for each that runs: who comes in should not be out again at once.
+            # Reserve a page for each running request, or the new one would soon lose its pages.
             reserve = sum(1 for _ in self._running())
             try:
                 reused = self.manager.allocate(request.number, request.tokens, reserve)
             except OutOfPages:
-                return  # nobody overtakes: a long request would wait for ever
+                return  # no other goes first, or a long request might never be admitted
             self._waiting.popleft()
             request.cached = request.reused = reused
             pages = self.manager.pages(request.number)
@@ -214,9 +215,9 @@ class ContinuousBatcher:
             self._slots[slot] = request
 
     def _inputs(self) -> tuple[np.ndarray, list]:
-        """num_new, and what the step function is given after the cache.
+        """num_new, and the arguments of the step function after the cache.
 
-        All arrays are new: the device may still read those of the step before.
+        All arrays are new, because the device may still be reading those of the step before.
         """
         batch, chunk = len(self._slots), self._chunk
         lengths, num_new = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
@@ -240,7 +241,7 @@ class ContinuousBatcher:
         return arrays
 
     def _advance(self, num_new: np.ndarray, next_tokens: np.ndarray) -> list[Request]:
-        """Takes note of what a step has done."""
+        """Updates the requests after a step."""
         served = []
         for slot, request in list(self._running()):
             request.cached += int(num_new[slot])
@@ -258,7 +259,7 @@ class ContinuousBatcher:
         return served
 
     def _preempt(self, request: Request) -> None:
-        """Back to the queue, before all others there: they were submitted later."""
+        """Puts a request back at the front of the queue: all others there were submitted later."""
         self._release(request)
         request.preemptions += 1
         self._waiting.appendleft(request)
@@ -271,24 +272,24 @@ class ContinuousBatcher:
 
 
 def make_step(forward: Callable, params, config, sample: Callable | None = None) -> Callable:
-    """The step function of `ContinuousBatcher` from a model's forward function.
+    """Makes the step function of `ContinuousBatcher` from a model's forward function.
 
     Args:
       forward: forward(params, config, cache, tokens, block_table, cache_seqlens, num_new) ->
         (logits f32 [b, vocab] of each sequence's last token, cache).
       params: the weights, a pytree of arrays.
-      config: static; what forward takes.
-      sample: None for greedy, or sample(logits f32 [vocab], key, **options) -> int, for a batcher
-        with `options`: of one sequence, it is mapped over the batch. The key is made of the
-        request's seed and its number of tokens, so that what is drawn depends neither on the slot
-        nor on what else runs.
+      config: static; passed to forward.
+      sample: None for greedy. For a batcher with `options`, a function of one sequence,
+        sample(logits f32 [vocab], key, **options) -> int, which is mapped over the batch. The key
+        is made of the request's seed and its number of tokens, so the drawn token does not depend
+        on the slot or on other requests.
         For a function f of whole batches: lambda x, key, **options: f(x[None], key, **options)[0]
 
     Returns:
-      The function, jitted, the cache donated.
+      The jitted function. It donates the cache.
     """
 
-    # The weights are an argument: as constants of the program they would be in memory twice.
+    # The weights are an argument. As constants of the program they would be in memory twice.
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(params, cache, tokens, block_table, cache_seqlens, num_new, options=None):
         logits, cache = forward(params, config, cache, tokens, block_table, cache_seqlens, num_new)

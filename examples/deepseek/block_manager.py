@@ -1,17 +1,17 @@
-"""Which pages of the cache belong to which sequence: the books of a page pool, kept on the host.
+"""Keeps track, on the host, of which pages of the cache belong to which sequence.
 
     manager = BlockManager(num_blocks=1000, page_block_size=64)
-    reused = manager.allocate("a", prompt)  # pages for it; `reused` tokens are in the cache already
+    reused = manager.allocate("a", prompt)  # `reused` tokens are in the cache already
     ...  # the device writes the others into manager.pages("a")
     manager.publish("a", prompt, len(prompt))  # its full pages may be shared from now on
-    manager.grow("a", len(prompt) + 1)  # a page more, where the next token begins one
+    manager.grow("a", len(prompt) + 1)  # one more page, if the next token starts one
     manager.free("a")
 
-Sequences that begin alike share pages. A page is known by a hash over all tokens from the start of
-the sequence to the end of the page, because its cache entries depend on all of them. Only pages
-that are full and written are shared, and those are never written again, so nothing is ever copied.
-A page that nobody holds any more stays findable until it is handed out again, the least recently
-used first: a sequence that lost its pages to others and comes back may find some of them untouched.
+Sequences that begin with the same tokens share pages. A page is found by a hash of all tokens from
+the start of the sequence to the end of the page, because its cache entries depend on all of them.
+Only full, written pages are shared. They are never written again, so nothing has to be copied. A
+page that no sequence holds can still be found until it is handed out again. The least recently used
+page is handed out first, so a sequence that lost its pages and comes back may find some of them.
 """
 
 import collections
@@ -28,18 +28,18 @@ class OutOfPages(RuntimeError):
 
 @dataclasses.dataclass
 class _Held:
-    """What one sequence holds."""
+    """The pages of one sequence."""
 
     pages: list[int]
-    digests: list[bytes]  # of its first pages, as far as they are published
+    digests: list[bytes]  # of the pages that are published, from the first on
 
 
 class BlockManager:
     """Hands out the pages 0 .. num_blocks - 1, each of page_block_size tokens.
 
     Args:
-      num_blocks: pages of the pool; of one layer, where one buffer holds the pages of all layers.
-      page_block_size: tokens a page.
+      num_blocks: pages of the pool. If one buffer holds the pages of all layers: of one layer.
+      page_block_size: tokens of a page.
     """
 
     def __init__(self, num_blocks: int, page_block_size: int):
@@ -50,8 +50,8 @@ class BlockManager:
         self.page_block_size = page_block_size
         self._held: dict[Hashable, _Held] = {}
         self._references = [0] * num_blocks  # how many sequences hold a page
-        # In the order in which they are handed out: pages without content, then the others from the
-        # least recently used one on.
+        # In the order in which they are handed out: first pages without content, then the others,
+        # the least recently used first.
         self._free = collections.OrderedDict.fromkeys(range(num_blocks))
         self._page_of: dict[bytes, int] = {}  # published content -> page, and back
         self._digest_of: dict[int, bytes] = {}
@@ -66,20 +66,20 @@ class BlockManager:
         return list(self._find(sequence).pages)
 
     def pages_for(self, length: int) -> int:
-        """How many pages `length` tokens take."""
+        """How many pages `length` tokens need."""
         return -(-length // self.page_block_size)
 
     def allocate(self, sequence: Hashable, tokens: Sequence[int], reserve: int = 0) -> int:
         """Gives a new sequence the pages for its tokens.
 
         Args:
-          sequence: the name of the sequence; it must hold no pages.
+          sequence: the name of the sequence. It must hold no pages.
           tokens: all of its tokens so far, at least one.
-          reserve: pages that must stay free.
+          reserve: number of pages that must stay free.
 
         Returns:
-          How many of the first tokens are in the cache already, in pages shared with others. At
-          least one token is left to be computed, for its logits.
+          How many of the first tokens are in the cache already, in pages that other sequences
+          wrote. At least one token is left to compute, because its logits are needed.
 
         Raises:
           OutOfPages: fewer pages than needed are free.
@@ -94,14 +94,14 @@ class BlockManager:
         fresh = self.pages_for(len(tokens)) - len(shared)
         revived = sum(self._references[page] == 0 for page in shared)
         self._require(fresh + revived, reserve)
-        for page in shared:  # first, so that none of them is handed out below
+        for page in shared:  # before _hand_out, which must not take them
             self._references[page] += 1
             self._free.pop(page, None)
         self._held[sequence] = _Held(shared + [self._hand_out() for _ in range(fresh)], digests)
         return len(shared) * self.page_block_size
 
     def grow(self, sequence: Hashable, length: int) -> list[int]:
-        """Gives a sequence the pages it lacks for `length` tokens; returns these pages.
+        """Gives a sequence the pages that it lacks for `length` tokens. Returns these pages.
 
         Raises:
           OutOfPages: fewer pages than needed are free.
@@ -115,20 +115,20 @@ class BlockManager:
         return new
 
     def publish(self, sequence: Hashable, tokens: Sequence[int], length: int) -> None:
-        """Lets others share the full pages among the first `length` tokens.
+        """Lets other sequences share the full pages of the first `length` tokens.
 
-        Call it when these are written, or when the program that writes them stands in the device's
-        queue before any that reads them. They must not be written again.
+        Call it after these tokens are written, or after the program that writes them was enqueued,
+        before any that reads them. They must not be written again.
 
         Args:
           sequence: its name.
-          tokens: its tokens from the first on, at least `length`. Those of pages that were
-            published before are not looked at.
-          length: how many are written.
+          tokens: its tokens from the first on, at least `length`. Tokens of pages that are
+            published already are not read.
+          length: number of tokens that are written.
 
         Raises:
-          ValueError: the sequence holds no pages, or not as many as that, or there are not as many
-            tokens.
+          ValueError: the sequence holds no pages, or `length` is larger than its pages hold or than
+            the number of tokens.
         """
         held, page = self._find(sequence), self.page_block_size
         if length > min(len(tokens), len(held.pages) * page):
@@ -140,30 +140,30 @@ class BlockManager:
         for index in range(len(held.digests), length // page):
             digest = self._digest(held.digests, tokens, index)
             held.digests.append(digest)
-            # Where two sequences computed the same page, the first one's is the one that is found.
+            # If two sequences computed the same page, the one that was published first is found.
             if digest not in self._page_of:
                 self._page_of[digest] = held.pages[index]
                 self._digest_of[held.pages[index]] = digest
 
     def free(self, sequence: Hashable) -> None:
-        """Takes a sequence's pages back; those that others share stay theirs.
+        """Takes a sequence's pages back, except those that other sequences hold too.
 
         Raises:
           ValueError: the sequence holds no pages.
         """
         held = self._find(sequence)
         del self._held[sequence]
-        for page in reversed(held.pages):  # the first page is the likeliest to be shared: last
+        for page in reversed(held.pages):  # the first page last: it is shared most often
             self._references[page] -= 1
             if self._references[page] == 0:
                 self._free[page] = None
                 self._free.move_to_end(page, last=page in self._digest_of)
 
     def check(self) -> None:
-        """Checks the books.
+        """Checks that the records are consistent.
 
         Raises:
-          RuntimeError: they do not balance; it says where.
+          RuntimeError: they are not; the message says where.
         """
         counted = collections.Counter(page for held in self._held.values() for page in held.pages)
         for page, references in enumerate(self._references):
@@ -202,7 +202,7 @@ class BlockManager:
         return page
 
     def _published_prefix(self, tokens: Sequence[int]) -> list[bytes]:
-        """The digests of published pages that tokens begin with, without the last token."""
+        """The digests of the published pages that tokens[:-1] begins with."""
         digests: list[bytes] = []
         for index in range((len(tokens) - 1) // self.page_block_size):
             digest = self._digest(digests, tokens, index)
@@ -212,7 +212,7 @@ class BlockManager:
         return digests
 
     def _digest(self, before: list[bytes], tokens: Sequence[int], index: int) -> bytes:
-        """Of page `index`: a hash over the digest of the page before it and its own tokens."""
+        """The digest of page `index`: a hash of the previous page's digest and its own tokens."""
         page = tokens[index * self.page_block_size : (index + 1) * self.page_block_size]
         parent = before[index - 1] if index else b""
         return hashlib.sha256(parent + np.asarray(page, np.int64).tobytes()).digest()

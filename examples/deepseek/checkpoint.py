@@ -1,4 +1,4 @@
-"""A checkpoint as Hugging Face lays it out: its files, and where its tensors go."""
+"""Reads a Hugging Face checkpoint, and says where each of its tensors goes."""
 
 import dataclasses
 import json
@@ -12,15 +12,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a checkpoint's tensor, or a part of it, goes."""
+    """The place in the parameters for a checkpoint's tensor or a part of it."""
 
     path: tuple  # of the leaf in the parameters
     index: tuple[int, ...] = ()  # into the leaf's leading axes
-    part: str = "whole"  # or "key_up" or "value_up", of kv_b_proj; or "transposed"
+    part: str = "whole"  # or "transposed"; or "key_up" or "value_up", the two parts of kv_b_proj
 
 
 def checkpoint_tensors(config):
-    """{the checkpoint's name: (its shape, its Targets)} for every tensor of the model."""
+    """{name in the checkpoint: (shape, Targets)} of every tensor of the model."""
     m, vocab = config.width, config.vocab
     found = {
         "model.embed_tokens.weight": ((vocab, m), [Target(("embedding",))]),
@@ -95,18 +95,18 @@ def _expert_tensors(config, path):
     return found
 
 
-# -------------------- Is it the right one?
+# -------------------- Checking that the checkpoint fits the model
 
 
 def check(tensors, wanted, config):
-    """Raises where the tensors that are there are not the wanted ones.
+    """Checks that a checkpoint has the tensors of the model.
 
     Args:
       tensors: from `open_folder`.
       wanted: from `checkpoint_tensors`.
 
     Raises:
-      ValueError: lists what is missing, surplus or misshapen.
+      ValueError: lists the tensors that are missing, surplus or misshapen.
     """
     wanted = {name: shape for name, (shape, _) in wanted.items()}
     if config.fp8_block:
@@ -135,13 +135,16 @@ def check(tensors, wanted, config):
         shown = "\n  ".join(sorted(wrong)[:40])
         more = f"\n  and {len(wrong) - 40} more" if len(wrong) > 40 else ""
         raise ValueError(
-            f"the checkpoint is not one of config.json's model; {len(wrong)} tensors are wrong:"
+            f"the checkpoint does not fit its config.json; {len(wrong)} tensors are wrong:"
             f"\n  {shown}{more}"
         )
 
 
 def _may_be_there(name, config):
-    """Tensors that no decoding needs: constants, a tied head, layers for further tokens."""
+    """Whether it is a tensor that decoding does not need.
+
+    These are constants, the head if it is tied, and layers that predict further tokens.
+    """
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     extra = layer and 0 <= int(layer[1]) - config.layers < config.extra_layers
     return (
@@ -154,7 +157,7 @@ def _may_be_there(name, config):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a shard, read when asked for."""
+    """A tensor in a file, read on demand."""
 
     shard: mmap.mmap
     place: tuple[str, int]  # file and offset
@@ -175,7 +178,7 @@ _DTYPES = {
 
 
 def open_folder(folder):
-    """{name: StoredTensor} of all shards of a folder."""
+    """{name: StoredTensor} of all files of a folder."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -193,8 +196,8 @@ def open_folder(folder):
 def open_shard(path):
     """{name: StoredTensor} of one file.
 
-    The format (https://huggingface.co/docs/safetensors) is a length, a JSON header, the data. The
-    library of that name would do, but for FP8, which its reader for numpy lacks.
+    The format (https://huggingface.co/docs/safetensors) is a length, a JSON header, the data. We do
+    not use the safetensors library because its numpy reader cannot read FP8.
     """
     with open(path, "rb") as file:
         shard = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -204,7 +207,7 @@ def open_shard(path):
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise ValueError(
-                f"{path}: {name} is {entry['dtype']}, supported are {', '.join(_DTYPES)}"
+                f"{path}: {name} is {entry['dtype']}; supported are {', '.join(_DTYPES)}"
             )
     return {
         name: StoredTensor(

@@ -1,4 +1,4 @@
-"""What a model of the DeepSeek family is made of, read from its Hugging Face config.json."""
+"""The dimensions and rules of a DeepSeek-family model, from its Hugging Face config.json."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN (https://arxiv.org/abs/2309.00071): how positions past the trained length are met."""
+    """YaRN (https://arxiv.org/abs/2309.00071), for positions past the trained length."""
 
     factor: float
     original_length: int
@@ -29,7 +29,7 @@ class ModelConfig:
     width: int  # of the residual stream
     layers: int
     heads: int
-    q_lora_rank: int | None  # None: queries straight from the residual stream
+    q_lora_rank: int | None  # None: no down projection of queries
     kv_lora_rank: int  # the latent part of a cache entry
     nope_dim: int  # query/key width of a head without positions
     rope_dim: int  # the part with positions
@@ -39,8 +39,8 @@ class ModelConfig:
     experts: int = 0  # routed ones; 0: every layer is dense
     experts_per_token: int = 0
     shared_experts: int = 0
-    dense_layers: int = 0  # the first layers that have no experts, and
-    moe_layer_freq: int = 1  # after these every how manieth layer has some
+    dense_layers: int = 0  # so many layers at the start have no experts;
+    moe_layer_freq: int = 1  # after them, layers whose index is a multiple of this have some
     topk_method: str = "greedy"  # or group_limited_greedy, or noaux_tc
     groups: int = 1
     groups_per_token: int = 1
@@ -48,22 +48,22 @@ class ModelConfig:
     routing_scale: float = 1.0
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_interleave: bool = True  # pairs of neighbouring columns, not of the two halves
+    rope_interleave: bool = True  # rotates pairs of adjacent columns, else a column of each half
     yarn: Yarn | None = None
     tied: bool = False  # the head is the embedding
     bos: int | None = None
     eos: tuple[int, ...] = ()
-    fp8_block: tuple[int, int] | None = None  # of the checkpoint's quantised matrices
-    extra_layers: int = 0  # of the checkpoint, past the last: they predict further tokens
+    fp8_block: tuple[int, int] | None = None  # block size of the checkpoint's FP8 matrices
+    extra_layers: int = 0  # layers in the checkpoint after the model's: they predict more tokens
 
     @property
     def entry_dim(self):
-        """Columns of a cache entry: d_k of the op; head_dim_v is kv_lora_rank."""
+        """Columns of a cache entry, the op's d_k. Its head_dim_v is kv_lora_rank."""
         return self.kv_lora_rank + self.rope_dim
 
     @property
     def softmax_scale(self):
-        """Follows the width of a head before absorption; YaRN sharpens the softmax."""
+        """Depends on the width of a head before absorption, and on YaRN."""
         scale = (self.nope_dim + self.rope_dim) ** -0.5
         return scale * (self.yarn.magnitude(self.yarn.mscale_all_dim) ** 2 if self.yarn else 1.0)
 
@@ -76,10 +76,10 @@ class ModelConfig:
         """Reads a Hugging Face configuration.
 
         Args:
-          source: the dict of a config.json, or the folder in which it lies.
+          source: the contents of a config.json as a dict, or the folder with that file.
 
         Raises:
-          ValueError: a value that these models do not have, named with its key.
+          ValueError: a key has a value that is not supported here.
         """
         if not isinstance(source, dict):
             source = json.loads((Path(source) / "config.json").read_text("utf-8"))
@@ -87,9 +87,11 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name, layers=None):
-        """One of PRESETS: the dimensions of a released model, for random weights.
+        """The dimensions of a released model, one of PRESETS, for random weights.
 
-        layers: how many of its layers, if not all.
+        Args:
+          name: a key of PRESETS.
+          layers: number of layers, by default all.
         """
         if name not in PRESETS:
             raise ValueError(f"the model must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -97,7 +99,7 @@ class ModelConfig:
         return config if layers is None else dataclasses.replace(config, layers=layers)
 
 
-# What each kind of model means where its config.json is silent.
+# The values of keys that a config.json may leave out.
 _DEFAULTS = {
     "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
@@ -117,7 +119,7 @@ def _from_hf(hf):
     _require(hf, "mlp_bias", (False, None))
     _require(hf, "num_key_value_heads", (hf["num_attention_heads"], None))
     if hf["model_type"] == "deepseek_v2":
-        # What it would mean beside routed_scaling_factor differs between implementations.
+        # Implementations differ in how it combines with routed_scaling_factor.
         _require(hf, "norm_topk_prob", (False, None))
         _require(hf, "rope_interleave", (True, None))
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -152,7 +154,7 @@ def _experts(hf):
         return {}
     groups = hf.get("n_group") or 1
     if hf["topk_method"] == "greedy":
-        groups = 1  # the key may be there, and means nothing
+        groups = 1  # n_group may be there, but this method ignores it
     if experts % groups:
         raise ValueError(
             f"config.json: n_group {groups} does not divide n_routed_experts {experts}"
@@ -208,11 +210,11 @@ def _fp8_block(quantization):
 
 
 def _require(hf, key, allowed):
-    """A key that is absent counts as allowed, but for model_type."""
+    """Raises ValueError if the value is not allowed. Only model_type must be present."""
     value = hf.get(key, None if key == "model_type" else allowed[0])
     if value not in allowed:
         expected = " or ".join(repr(one) for one in allowed)
-        raise ValueError(f"config.json: {key} is {value!r}, supported is {expected}")
+        raise ValueError(f"config.json: {key} is {value!r}; supported: {expected}")
 
 
 def _preset(model_type, mscale, factor, beta_fast=32, **keys):

@@ -1,9 +1,9 @@
-"""Prompts into the cache chunk by chunk, then a jitted loop of steps, for ragged batches.
+"""Runs a fixed batch: reads the prompts in chunks, then decodes in a jitted loop.
 
-For sequences that begin together and whose lengths are bounded beforehand: `allocate` gives each
-its pages once, and nothing goes back to the host between steps. Where requests come and go, or
-share pages, or pages may run out, `Decoder.batcher` puts the same model behind batching.py, which
-keeps books of the pages and looks at each step's tokens on the host.
+This is for sequences that begin together and whose largest lengths are known. `allocate` gives each
+its pages once, and nothing goes back to the host between steps. Where requests come and go, share
+pages, or may run out of pages, use `Decoder.batcher`. It runs the model with batching.py, which
+manages the pages and looks at each step's tokens on the host.
 """
 
 import dataclasses
@@ -23,21 +23,22 @@ from .sampling import greedy, sample
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where the sequences of a batch stand. Donated whole by each call."""
+    """The state of the sequences of a batch. Each call donates all of it."""
 
     cache: jax.Array
     block_table: jax.Array  # [b, max_blocks] i32
     lengths: jax.Array  # [b] i32: tokens in the cache
     token: jax.Array  # [b] i32: the newest token, not yet in the cache
-    done: jax.Array  # [b] bool: nothing follows that token
-    key: jax.Array  # of jax.random
+    done: jax.Array  # [b] bool: that token is the last
+    key: jax.Array  # from jax.random
 
 
 def allocate(lengths, page_block_size, groups=1):
     """Pages for sequences that grow to `lengths` tokens: (block_table, pages_per_layer).
 
-    Each sequence has its pages in a row, and for good: block_manager.py is for those that change.
-    With `groups` each run of sequences has a pool of its own, counted from 0, all of one size.
+    Each sequence keeps its pages, which are consecutive. With `groups`, consecutive sequences form
+    groups of equal size; each group has a pool of its own, with pages from 0 on. All pools have
+    the same size.
     """
     pages = -(-np.asarray(lengths) // page_block_size)
     by_group = pages.reshape(groups, -1)
@@ -48,16 +49,16 @@ def allocate(lengths, page_block_size, groups=1):
 
 
 class Decoder:
-    """A model and how it is run: what stays the same from one batch to the next.
+    """A model and the options of running it, for any number of batches.
 
-    Programs are compiled once for each batch size, table width and number of pages.
+    Compiles once for each batch size, width of the block table and number of pages.
 
     Args:
       params: from weights.py, placed by `layout`.
       config: a ModelConfig.
       layout: the devices.
-      temperature, top_p: how tokens are drawn; temperature 0 takes the likeliest one.
-      chunk: tokens of each prompt that one call reads.
+      temperature, top_p: as in sampling.py. Temperature 0 takes the most likely token.
+      chunk: number of tokens of each prompt that one call reads.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class Decoder:
         rows, whole = layout.by_sequence, PartitionSpec()
         state = State(rows, rows, rows, rows, rows, whole)
         self._params_specs = layout.params(config)
-        # What `prefill` runs, jitted: (params, state, i32 [b, chunk] tokens, i32 [b] tokens of each
-        # sequence after them) -> state.
+        # The jitted function of `prefill`: (params, state, tokens i32 [b, chunk], lengths i32 [b]
+        # with these tokens) -> state.
         self.read_program = layout.jit(
             self._read_chunk, (self._params_specs, state, rows, rows), state, donate_argnums=1
         )
@@ -81,7 +82,7 @@ class Decoder:
         self._decode_specs = (self._params_specs, state), (rows, state)
 
     def start(self, batch, lengths, *, page_block_size=64, dtype=None, seed=0):
-        """An empty state for sequences that will grow to `lengths` [batch] tokens at most."""
+        """An empty state for sequences that grow to at most `lengths` [batch] tokens."""
         self.layout.check(self.config, batch)
         table, pages = allocate(lengths, page_block_size, self.layout.groups)
         zeros = np.zeros(batch, np.int32)
@@ -93,15 +94,15 @@ class Decoder:
         )
 
     def batcher(self, slots, longest, *, num_blocks=None, page_block_size=64, dtype=None):
-        """The model behind a queue of requests: a ContinuousBatcher.
+        """A ContinuousBatcher that runs this model.
 
         Args:
-          slots: the most sequences at a time.
-          longest: tokens of the longest sequence, with those to be generated.
-          num_blocks: pages a layer, by default as many as `slots` sequences can need.
+          slots: the largest number of sequences at a time.
+          longest: tokens of the longest sequence, including the generated ones.
+          num_blocks: pages of each layer, by default enough for `slots` of the longest sequences.
 
         Raises:
-          ValueError: the layout is dp, which has a pool of pages on each device.
+          ValueError: the layout is dp, where each device has a pool of pages of its own.
         """
         if self.layout.kind == "dp":
             raise ValueError('continuous batching needs one pool of pages: parallel is "dp"')
@@ -129,11 +130,11 @@ class Decoder:
             max_blocks=max_blocks,
             chunk=self.chunk,
             eos=self.eos,
-            options={},  # but for the seed, which each request has
+            options={},  # a request has a seed and no other option
         )
 
     def _empty_cache(self, pages, page_block_size, dtype):
-        """One pool a device that has sequences of its own, with the pages of all layers."""
+        """A pool with the pages of all layers, for each group of sequences."""
 
         def make():
             one = init_cache(
@@ -144,10 +145,10 @@ class Decoder:
         return jax.jit(make, out_shardings=self.layout.sharding(self.layout.by_sequence))()
 
     def prefill(self, state, prompts):
-        """Reads the prompts, lists of tokens, none empty, into an empty state.
+        """Reads the prompts into an empty state. The returned state has each answer's first token.
 
-        They are padded on the left to a multiple of the chunk, so that all end together; then
-        state.token is the first token of each answer.
+        Prompts are lists of tokens and must not be empty. They are padded on the left to a multiple
+        of the chunk, so that all of them end in the last chunk.
         """
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         if not lengths.all():
@@ -162,14 +163,14 @@ class Decoder:
         return state
 
     def decode(self, state, steps):
-        """Up to `steps` further tokens: (i32 [b, steps], the state after them).
+        """Decodes up to `steps` tokens of each sequence: (tokens i32 [b, steps], state).
 
-        Begins with state.token; -1 follows a sequence's end.
+        The first of them is state.token. After the end of a sequence, tokens are -1.
         """
         return self.program(steps)(self.params, state)
 
     def program(self, steps):
-        """What `decode` runs: jitted (params, state) -> (tokens, state)."""
+        """The jitted function of `decode`: (params, state) -> (tokens, state)."""
         if steps not in self._programs:
             run = functools.partial(self._run_steps, steps=steps)
             self._programs[steps] = self.layout.jit(run, *self._decode_specs, donate_argnums=1)
@@ -196,7 +197,7 @@ class Decoder:
         return self._advance(params, state, state.token[:, None], state.lengths + live, live)
 
     def _advance(self, params, state, tokens, lengths, new):
-        """The state after the new tokens, in which it has `lengths`; a done sequence has none."""
+        """Runs `tokens`, of which `new` are new. `lengths` include them. Returns the new state."""
         logits, cache = self._forward(
             params, state.cache, tokens, state.block_table, jnp.where(new > 0, lengths, 0), new
         )
@@ -216,6 +217,6 @@ class Decoder:
             return (carry[0] < steps) & ~jnp.all(carry[2].done)
 
         tokens = jnp.full_like(state.token, -1, shape=(*state.token.shape, steps))
-        first = jnp.zeros_like(state.token[0])  # one device's own count
+        first = jnp.zeros_like(state.token[0])  # varies over the devices, as the loop's state does
         _, tokens, state = jax.lax.while_loop(unfinished, body, (first, tokens, state))
         return tokens, state

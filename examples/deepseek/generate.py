@@ -4,11 +4,11 @@
     python -m examples.deepseek.generate --random-weights deepseek-v2-lite --batch 32
     python -m examples.deepseek.generate --model FOLDER --prompt "..." --prompt "..." --slots 1
 
-FOLDER is one from Hugging Face: config.json, tokenizer.json, *.safetensors. A prompt is continued
-as it stands: what a chat model wants around it is to be written there. With random weights there is
-no tokenizer: prompts are random tokens, and what is printed are tokens. The answer to the first
-prompt is printed as it comes; the others, with several prompts, at the end. All sequences run side
-by side, in a loop on the device; with --slots only so many at a time, in continuous batches.
+FOLDER is from Hugging Face and has config.json, tokenizer.json and *.safetensors. A prompt is used
+as it is: if the model expects a chat template, write it into the prompt. With random weights there
+is no tokenizer, so prompts are random tokens, and tokens are printed. The first answer is printed
+while it is generated, the others at the end. All sequences run at the same time, in a loop on the
+device. With --slots N, only N of them run at a time, with continuous batching.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from .decoding import Decoder
 from .parallel import Layout
 from .weights import load_weights, random_weights
 
-BURST = 8  # tokens between two looks at what has been generated
+BURST = 8  # steps in one call; then the new tokens are printed
 
 
 def count(text):
-    """The type of arguments that are at least 1."""
+    """The type of arguments that must be at least 1."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
@@ -45,16 +45,16 @@ def parse_args(argv):
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="FOLDER", type=Path)
     model.add_argument("--random-weights", metavar="NAME", help=", ".join(PRESETS))
-    add("--layers", type=count, help="of a model with random weights, if not all")
+    add("--layers", type=count, help="number of layers with random weights (default all)")
     add("--prompt", action="append", help="may be given several times")
     add("--prompt-tokens", type=count, default=64, help="length of random prompts (default 64)")
-    add("--batch", type=count, help="sequences, at least one a prompt; the prompts are repeated")
-    add("--slots", type=count, help="sequences at a time, if not all: continuous batching")
-    add("--max-tokens", type=count, default=128, help="of each answer (default 128)")
-    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add("--batch", type=count, help="number of sequences; repeats the prompts (default one each)")
+    add("--slots", type=count, help="sequences at a time, with continuous batching (default all)")
+    add("--max-tokens", type=count, default=128, help="length of each answer (default 128)")
+    add("--temperature", type=float, default=0.0, help="0 (default): the most likely token")
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
-    add("--parallel", choices=("dp", "tp"), help="over all devices: sequences, or heads")
+    add("--parallel", choices=("dp", "tp"), help="split sequences or heads over all devices")
     add("--chunk", type=count, default=128, help="tokens of a prompt read at a time (default 128)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--implementation", choices=("auto", "cuda", "xla"), default="auto")
@@ -66,8 +66,8 @@ def parse_args(argv):
     if args.batch and args.batch < len(args.prompt or []):
         parser.error(f"--batch {args.batch} is less than the {len(args.prompt)} prompts")
     if args.slots and args.parallel == "dp":
-        parser.error("--slots needs one pool of pages, --parallel dp has one a device")
-    # XLA's CPU backend lacks some of the bfloat16 products.
+        parser.error("--slots needs one pool of pages; --parallel dp has one on each device")
+    # XLA's CPU backend lacks some of the bfloat16 matmuls.
     args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return args
 
@@ -80,7 +80,7 @@ class Text:
 
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise SystemExit(f"there is no {path}; the tokenizers library needs that form")
+            raise SystemExit(f"there is no {path}; the tokenizers library reads only this file")
         self._tokenizer, self._bos = Tokenizer.from_file(str(path)), config.bos
 
     def encode(self, text):
@@ -93,14 +93,14 @@ class Text:
 
 
 class Numbers:
-    """What stands for a tokenizer where there is none."""
+    """Prints tokens as numbers, where there is no tokenizer."""
 
     def decode(self, tokens):
         return "".join(f"{token} " for token in tokens)
 
 
 def load(args):
-    """(decoder, tokenizer, prompts) as the arguments say."""
+    """(decoder, tokenizer, prompts) for the arguments of the command."""
     layout = Layout.over(args.parallel)
     dtype = jnp.dtype(args.dtype)
     if args.model:
@@ -132,9 +132,9 @@ def load(args):
 
 
 def generate(decoder, prompts, max_tokens, *, seed=0, show=lambda answer: True):
-    """Answers to the prompts, lists of tokens, and (seconds to read, seconds to answer).
+    """Returns the answers as lists of tokens, and (seconds to read, seconds to answer).
 
-    show: called with the first answer so far, whenever there is more of it; False ends it all.
+    After each burst, `show` is called with the first answer so far. If it returns False, this ends.
     """
     longest = [len(prompt) + max_tokens + BURST for prompt in prompts]
     state = decoder.start(len(prompts), longest, seed=seed)
@@ -152,9 +152,9 @@ def generate(decoder, prompts, max_tokens, *, seed=0, show=lambda answer: True):
 
 
 def serve(batcher, prompts, max_tokens, *, seed=0, show=lambda answer: None):
-    """The same by continuous batching: the answers, and seconds in all.
+    """The same with continuous batching. Returns the answers and the seconds in all.
 
-    A sampled answer follows from its own seed: `seed` plus its number.
+    The seed of each answer is `seed` plus its number.
     """
     began = time.perf_counter()
     requests = [
@@ -168,13 +168,13 @@ def serve(batcher, prompts, max_tokens, *, seed=0, show=lambda answer: None):
 
 
 def streamer(text):
-    """Prints what is new of the first answer, in whole characters."""
+    """A `show` that prints the new part of the first answer, in whole characters."""
     printed = ""
 
     def show(answer):
         nonlocal printed
         now = text.decode(answer)
-        if not now.endswith("\N{REPLACEMENT CHARACTER}"):  # the first bytes of a character
+        if not now.endswith("\N{REPLACEMENT CHARACTER}"):  # it ends within a character
             print(now[len(printed) :], end="", flush=True)
             printed = now
         return True
@@ -183,8 +183,8 @@ def streamer(text):
 
 
 def run_all_at_once(decoder, prompts, args, show):
-    """(answers, what is to be said of them)."""
-    # A first burst that is not shown: it compiles, and loads kernels and libraries.
+    """(answers, a line about the speed)."""
+    # One burst that is not timed or shown: it compiles, and loads kernels and libraries.
     generate(decoder, prompts, args.max_tokens, show=lambda answer: False)
     answers, (reading, answering) = generate(
         decoder, prompts, args.max_tokens, seed=args.seed, show=show
@@ -197,7 +197,7 @@ def run_all_at_once(decoder, prompts, args, show):
 
 
 def run_in_slots(decoder, prompts, args, show):
-    """The same, args.slots of them at a time."""
+    """The same with args.slots sequences at a time."""
     longest = max(map(len, prompts)) + args.max_tokens
     batcher = decoder.batcher(args.slots, longest)
     serve(batcher, [(2 * prompts[0])[:2]], min(2, args.max_tokens))  # compiles both shapes

@@ -1,8 +1,8 @@
 """One forward pass of a DeepSeek-family model over a paged latent cache.
 
-Prefill and decode are the same function: `forward` appends some new tokens of each sequence and
-returns logits. Matrices are as weights.py lays them out, [outputs, inputs]. A product takes its
-operands in the weights' dtype and sums in float32; everything between products is float32.
+Prefill and decode are the same function: `forward` appends new tokens of each sequence and returns
+logits. Matrices are [outputs, inputs], as in weights.py. A matrix product takes its operands in the
+dtype of the weights and sums in float32. Everything between products is float32.
 
 Shape letters: b sequences, n new tokens of each, m model width, h heads, c latent width
 (kv_lora_rank), e query/key width of a head, v value width of a head, r q_lora_rank, t tokens of all
@@ -23,14 +23,14 @@ from jax_flashmla import (
 
 from .rope import rotate, rotation
 
-LATENT_NORM_EPS = 1e-6  # of the norms inside attention; config.norm_eps is for the others
-DENSE_TOKENS = 512  # most tokens that go through all experts at a time: bounds temporary memory
+LATENT_NORM_EPS = 1e-6  # for the norms inside attention; the others have config.norm_eps
+DENSE_TOKENS = 512  # tokens that go through all experts at a time; bounds temporary memory
 
 
 def init_cache(config, pages_per_layer, page_block_size=64, dtype=jnp.bfloat16):
-    """The pages of all layers in one buffer: layer l has the run of pages_per_layer from l on.
+    """The pages of all layers in one buffer; layer l has them from l * pages_per_layer on.
 
-    Any contents would do: unused slots are never read.
+    The contents do not matter until they are written.
     """
     pages = config.layers * pages_per_layer
     return jnp.zeros((pages, page_block_size, 1, config.entry_dim), dtype)
@@ -51,9 +51,9 @@ def forward(
 ):
     """Appends each sequence's new tokens to the cache and returns logits.
 
-    Column j of sequence i stands at position cache_seqlens[i] - n + j. The new tokens are the last
-    num_new[i] columns; what stands before them is padding: it is not written, and its results mean
-    nothing. Keep the cache by donation: it is changed in place.
+    Column j of sequence i has position cache_seqlens[i] - n + j. The new tokens are the last
+    num_new[i] columns. The columns before them are padding: they are not written to the cache, and
+    their logits have no meaning. Donate the cache, so that it is updated in place.
 
     Args:
       params: from weights.py.
@@ -61,17 +61,18 @@ def forward(
       cache: [layers * pages_per_layer, page_block_size, 1, entry_dim], from `init_cache`.
       tokens: i32 [b, n].
       block_table: i32 [b, max_blocks], pages within a layer, -1 where there is none.
-      cache_seqlens: i32 [b], tokens with the new ones; 0 for a slot without a sequence.
+      cache_seqlens: i32 [b], tokens of each sequence, including the new ones; 0 for a row of the
+        batch without a sequence.
       num_new: i32 [b], 0 to n.
-      all_logits: static; logits of all columns, not of the last alone.
-      tensor_axis: static; the mesh axis over which heads and MLP widths are split (parallel.py).
-      implementation: static; of the ops.
+      all_logits: static; whether to return logits of all columns or only of the last.
+      tensor_axis: static; the mesh axis that splits heads and MLP widths (parallel.py).
+      implementation: static; as in the ops.
 
     Returns:
       logits: f32 [b, vocab], or [b, n, vocab].
       cache.
     """
-    heads = params["layers"][0]["key_up"].shape[0]  # of this device
+    heads = params["layers"][0]["key_up"].shape[0]  # on this device
     step = plan_step(
         config, cache.shape[1], tokens.shape[1], heads, block_table, cache_seqlens, num_new,
         implementation,
@@ -80,8 +81,8 @@ def forward(
     def over_devices(x):
         return x if tensor_axis is None else jax.lax.psum(x, tensor_axis)
 
-    # Unrolled: a scan would slice each layer out of stacked weights, and so copy them (all experts
-    # of a V2-Lite layer are 1.1 GB); XLA makes one CUDA graph of unrolled layers, too.
+    # Unrolled, because a scan would slice each layer out of stacked weights and so copy them (the
+    # experts of a V2-Lite layer are 1.1 GB). XLA also makes one CUDA graph of unrolled layers.
     x = params["embedding"][tokens].astype(jnp.float32)
     for layer, w in enumerate(params["layers"]):
         y = rms_norm(x, w["attention_norm"], config.norm_eps)
@@ -97,25 +98,25 @@ def forward(
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the layers of one forward pass share."""
+    """The arrays that all layers of one forward pass use."""
 
     block_table: jax.Array
     lengths: jax.Array  # the cache_seqlens
     schedule: tuple  # from get_mla_metadata
-    slots: jax.Array  # [b, n], where the new tokens go within a layer's pages
+    slots: jax.Array  # [b, n], the slots of the new tokens within a layer's pages
     rotation: tuple  # cosine and sine, [b, n, 1, rope_dim / 2]
     implementation: str
 
 
 def plan_step(config, page, n, heads, block_table, cache_seqlens, num_new, implementation):
-    """What follows from lengths and tables alone: made once for all layers."""
+    """Computes what depends only on lengths and tables, once for all layers."""
     column = jnp.arange(n, dtype=jnp.int32)
     positions = cache_seqlens[:, None] - n + column
     is_new = column >= n - num_new[:, None]
     return Step(
         block_table,
         cache_seqlens,
-        # A cache entry serves n * heads query rows.
+        # Each KV head has n * heads query rows.
         get_mla_metadata(cache_seqlens, n * heads, 1, implementation=implementation),
         get_slot_mapping(block_table, jnp.where(is_new, positions, -1), page),
         rotation(config, jnp.maximum(positions, 0)[:, :, None]),
@@ -124,7 +125,7 @@ def plan_step(config, page, n, heads, block_table, cache_seqlens, num_new, imple
 
 
 def product(equation, x, w):
-    """x, rounded to w's dtype, times w; float32 out."""
+    """The product of x, rounded to w's dtype, and w, in float32."""
     precision = "highest" if w.dtype == jnp.float32 else None  # no TF32
     return jnp.einsum(
         equation, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision
@@ -149,8 +150,8 @@ def attention(w, config, x, cache, layer, step):
     k_rope = rotate(down[..., c:], (cosine[:, :, 0], sine[:, :, 0]), config.rope_interleave)
     entries = jnp.concatenate([latent, k_rope], axis=-1).astype(cache.dtype)
 
-    # Write, then read: a token attends to itself too. -1, a missing page or a slot that writes
-    # nothing, must stay -1: plus a layer's first page it would be a page of another layer.
+    # Append first, because a token attends to itself too. Keep -1 (no page, or a slot where nothing
+    # is written): added to the layer's first page it would be a page of another layer.
     first_page = layer * (cache.shape[0] // config.layers)
     table, slots = (
         jnp.where(ids < 0, -1, ids + first)
@@ -186,7 +187,7 @@ def queries(w, config, x, rotation):
     """Queries in the latent space, [b, n, h, c + rope].
 
     Absorption: a key is key_up @ latent, and q . (key_up @ latent) is (q @ key_up) . latent. So all
-    heads share one key, the cache entry itself, and one value, its first c columns.
+    heads share one key (the cache entry) and one value (its first c columns).
     """
     if "query_down" in w:
         x = product("bnm,rm->bnr", x, w["query_down"])
@@ -207,15 +208,15 @@ def mlp(gate_up, down, x):
 
 
 def experts(w, config, x):
-    """Each token through its experts, and through those shared by all tokens: x [b, n, m]."""
+    """The output of each token's experts plus that of the shared experts: x [b, n, m]."""
     tokens = x.reshape(-1, x.shape[-1])
     weights, chosen = route(w, config, tokens)
 
-    # Few tokens: a copy of each one's experts (read, written, read) is less than reading all
-    # experts once. Many: every expert is needed anyway, and all of them for all tokens is two plain
-    # matrix products, bound by reading the weights up to some 128 tokens. A long prompt pays for
-    # that in arithmetic. jax.lax.ragged_dot, made for this, becomes the same two products on GPUs,
-    # with experts_per_token times the rows.
+    # With few tokens, copying each token's experts (read, write, read) moves fewer bytes than
+    # reading all experts once. With many tokens nearly every expert is needed, so all tokens go
+    # through all experts, which is two matrix products. Up to about 128 tokens their time is that
+    # of reading the weights; a long prompt pays in arithmetic. jax.lax.ragged_dot is made for this,
+    # but on GPUs it becomes the same two products with experts_per_token times the rows.
     if 3 * chosen.size <= config.experts:
         routed = few_tokens(w, tokens, weights, chosen)
     else:
@@ -231,26 +232,26 @@ def experts(w, config, x):
 
 
 def few_tokens(w, x, weights, chosen):
-    """x [t, m] through its experts chosen [t, k] -> [t, m]; copies k experts a token."""
+    """Tokens x [t, m] through their experts `chosen` [t, k] -> [t, m]. Copies k experts a token."""
     gate, up = jnp.moveaxis(product("tm,tkgfm->tkgf", x, w["experts_gate_up"][chosen]), 2, 0)
     hidden = jax.nn.silu(gate) * up * weights[..., None]
     return product("tkf,tkfm->tm", hidden, w["experts_down"][chosen])
 
 
 def all_experts(w, x, weights):
-    """One token x [m] through all experts, weights [x] of which most are 0 -> [m]."""
+    """One token x [m] through all experts -> [m]. Most of its weights [x] are 0."""
     gate, up = jnp.moveaxis(product("m,xgfm->xgf", x, w["experts_gate_up"]), 1, 0)
     hidden = jax.nn.silu(gate) * up * weights[:, None]
     return product("xf,xfm->m", hidden, w["experts_down"])
 
 
 def route(w, config, x):
-    """The experts of each token x [t, m]: (their weights f32 [t, k], their numbers i32 [t, k])."""
+    """Chooses the experts of tokens x [t, m]: (weights f32 [t, k], indices i32 [t, k])."""
     logits = product("tm,xm->tx", x, w["router"])  # the router is float32
     if config.topk_method == "noaux_tc":
         scores = jax.nn.sigmoid(logits)
-        by_group = scores + w["router_bias"]  # what balances the load moves the choice alone
-        best = 2  # experts that stand for their group
+        by_group = scores + w["router_bias"]  # the bias changes the choice, not the weights
+        best = 2  # a group's score is the sum over so many of its experts
     else:
         scores = by_group = jax.nn.softmax(logits, axis=-1)
         best = 1
@@ -264,9 +265,9 @@ def route(w, config, x):
 
 
 def within_best_groups(scores, config, best):
-    """scores [t, x], -inf outside each token's best groups.
+    """The scores [t, x], with -inf outside each token's best groups.
 
-    A group is worth the sum of its `best` highest scores.
+    The score of a group is the sum of its `best` highest scores.
     """
     grouped = scores.reshape(scores.shape[0], config.groups, -1)
     best = min(best, grouped.shape[2])

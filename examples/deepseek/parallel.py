@@ -1,8 +1,8 @@
-"""One model on several devices, through jax.shard_map.
+"""One model on several devices, with jax.shard_map.
 
 dp: each device has all weights, and some of the sequences with their pages.
-tp: each device has some of the heads and a part of each MLP's width, and all pages: all heads share
-    a sequence's latents. Two sums over the devices a layer.
+tp: each device has some of the heads and a part of each MLP's width. It has all pages, because all
+    heads of a sequence share its cache. Each layer needs two sums over the devices.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ AXIS = "device"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How weights and sequences lie on the devices; `Layout()` is one device."""
+    """How weights and sequences are split over devices. `Layout()` is for one device."""
 
     kind: str | None = None  # "dp" or "tp"
     mesh: Mesh | None = None
 
     @classmethod
     def over(cls, kind, devices=None):
-        """Over the given devices, by default all that there are; kind None takes one."""
+        """A layout over these devices, by default all. With kind None, over one device."""
         if kind is None:
             return cls()
         if kind not in ("dp", "tp"):
@@ -38,7 +38,7 @@ class Layout:
 
     @property
     def groups(self):
-        """Into how many parts the sequences are split."""
+        """The number of parts that the sequences are split into."""
         return self.size if self.kind == "dp" else 1
 
     @property
@@ -47,11 +47,11 @@ class Layout:
 
     @property
     def by_sequence(self):
-        """The spec of arrays with a leading axis of sequences or pages."""
+        """The PartitionSpec of arrays whose first axis is sequences or pages."""
         return PartitionSpec(AXIS) if self.kind == "dp" else PartitionSpec()
 
     def check(self, config, batch):
-        """Raises where the model or the batch does not divide."""
+        """Raises ValueError if the devices do not divide the model or the batch."""
         sizes = {"batch": batch} if self.kind == "dp" else {}
         if self.kind == "tp":
             sizes = {"heads": config.heads, "mlp_width": config.mlp_width}
@@ -61,15 +61,15 @@ class Layout:
                 raise ValueError(f"{self.kind} over {self.size} devices: {name} is {size}")
 
     def sharding(self, spec):
-        """None: the default device."""
+        """The NamedSharding for a spec, or None for the default device."""
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def place(self, leaf):
-        """The sharding of a parameter, for weights.py."""
+        """The sharding of a parameter, for `place` in weights.py."""
         return self.sharding(leaf.spec(self.tensor_axis))
 
     def params(self, config):
-        """The specs of all parameters."""
+        """The PartitionSpecs of all parameters."""
         return jax.tree.map(
             lambda leaf: leaf.spec(self.tensor_axis),
             leaves(config),
@@ -80,15 +80,15 @@ class Layout:
         return x if self.mesh is None else jax.device_put(x, self.sharding(spec))
 
     def shard(self, function, in_specs, out_specs):
-        """A function of whole arrays, made of one of a device's arrays; for use inside jit."""
+        """Turns a function of one device's arrays into one of whole arrays, for use inside jit."""
         if self.mesh is None:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def jit(self, function, in_specs, out_specs, **options):
-        """jax.jit of a function of one device's arrays."""
+        """jax.jit of `shard`."""
         return jax.jit(self.shard(function, in_specs, out_specs), **options)
 
     def device_key(self, key):
-        """Inside a jitted function: devices with different sequences draw different numbers."""
+        """This device's key, inside jit: devices with different sequences need different keys."""
         return jax.random.fold_in(key, jax.lax.axis_index(AXIS)) if self.kind == "dp" else key

@@ -1,4 +1,4 @@
-"""Rotary positions (https://arxiv.org/abs/2104.09864), stretched by YaRN (2309.00071)."""
+"""Rotary positions (https://arxiv.org/abs/2104.09864) with YaRN (2309.00071)."""
 
 import math
 
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def frequencies(config):
-    """Radians a position for each pair of columns: numpy f32 [rope_dim / 2].
+    """The angle per position of each pair of columns, in radians: numpy f32 [rope_dim / 2].
 
-    YaRN leaves the columns alone that turn more than beta_fast times over the trained length,
-    slows those down by its factor that turn less than beta_slow times, and goes linearly from one
-    to the other between them.
+    Over the trained length a pair makes some number of turns. YaRN keeps the frequency of pairs
+    with more than beta_fast turns and divides that of pairs with less than beta_slow by its factor.
+    Between the two it interpolates linearly.
     """
     dim, theta, yarn = config.rope_dim, config.rope_theta, config.yarn
     plain = theta ** (-np.arange(0, dim, 2) / dim)
@@ -28,7 +28,7 @@ def frequencies(config):
 
 
 def rotation(config, positions):
-    """(cosine, sine) for i32 positions [...], each f32 [..., rope_dim / 2]."""
+    """(cosine, sine) of i32 positions [...], each f32 [..., rope_dim / 2]."""
     angle = positions[..., None].astype(jnp.float32) * frequencies(config)
     size = 1.0
     if (yarn := config.yarn) is not None:
@@ -39,9 +39,9 @@ def rotation(config, positions):
 def rotate(x, rotation, interleave):
     """Rotates the pairs of columns of x [..., rope_dim].
 
-    A pair is two neighbouring columns (`interleave`) or the same column of both halves. The result
-    has the first of all pairs, then the second: the order does not matter to the product of a
-    query with a key, as long as it is the same for both.
+    With `interleave` a pair is two adjacent columns, else the same column of both halves. The
+    result has the first columns of all pairs, then the second ones. This order does not change the
+    product of a query and a key, because both have it.
     """
     cosine, sine = rotation
     first, second = (x[..., 0::2], x[..., 1::2]) if interleave else jnp.split(x, 2, axis=-1)

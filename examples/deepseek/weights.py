@@ -1,8 +1,8 @@
-"""A model's weights: from a folder of safetensors as Hugging Face lays it out, or random.
+"""A model's weights: from a Hugging Face folder of safetensors, or random.
 
 params = {"embedding", "final_norm", "head" unless tied, "layers": [{name: array}]}. A matrix is
-[outputs, inputs], with the heads or the gate/up pair as an axis of their own; `layer_leaves` has
-all names and shapes.
+[outputs, inputs]; heads and the gate/up pair are axes of their own. `layer_leaves` has all names
+and shapes.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ class Leaf:
     """One array of the parameters."""
 
     shape: tuple[int, ...]
-    fan_in: int | None = None  # of random weights; None: a norm's gain, ones
+    fan_in: int | None = None  # scales random weights; None: the gain of a norm, ones
     split: int | None = None  # the axis that tensor parallelism splits
-    float32: bool = False  # whatever the dtype of the others
+    float32: bool = False  # always float32, whatever dtype the others have
 
     def dtype(self, dtype):
         return jnp.dtype(jnp.float32 if self.float32 else dtype)
 
     def spec(self, axis_name):
-        """How it lies on a mesh with that axis; None: whole on every device."""
+        """The PartitionSpec on a mesh with that axis; with None, each device has all of it."""
         if axis_name is None or self.split is None:
             return PartitionSpec()
         return PartitionSpec(*[None] * self.split, axis_name)
 
 
 def leaves(config):
-    """The parameters' tree, of Leaf."""
+    """The tree of parameters, with a Leaf for each array."""
     m, vocab = config.width, config.vocab
     tree = {"embedding": Leaf((vocab, m), 1), "final_norm": Leaf((m,))}
     if not config.tied:
@@ -85,9 +85,12 @@ def _mlp_leaves(prefix, m, f):
 
 
 def random_weights(config, key, dtype=jnp.bfloat16, place=None):
-    """Weights of the right shapes and plausible sizes, made on the device.
+    """Random weights of plausible size, made on the device.
 
     Args:
+      config: a ModelConfig.
+      key: from jax.random.
+      dtype: of the weights (the router is float32).
       place: Leaf -> the sharding of that leaf, or None for the default device.
     """
     tree, structure = jax.tree.flatten(leaves(config), is_leaf=lambda x: isinstance(x, Leaf))
@@ -113,19 +116,20 @@ def _random_leaf(leaf, dtype, sharding):
 
 
 def load_weights(folder, config, dtype=jnp.bfloat16, place=None, progress=True):
-    """Reads a Hugging Face folder, shard by shard, each tensor straight to the device.
+    """Reads a Hugging Face folder, file by file. Each tensor goes straight to the device.
 
     Args:
-      folder: *.safetensors, with model.safetensors.index.json or without.
-      dtype: of the parameters on the device (the router is float32).
+      folder: has *.safetensors, and maybe model.safetensors.index.json.
+      config: a ModelConfig.
+      dtype: of the weights on the device (the router is float32).
       place: Leaf -> the sharding of that leaf, or None for the default device.
-      progress: shows a bar.
+      progress: whether to show a progress bar.
 
     Raises:
-      FileNotFoundError: there is no shard, or one of the index is missing.
-      ValueError: lists the tensors that are missing, not of this model, or of another shape.
+      FileNotFoundError: there is no such file, or one that the index names is missing.
+      ValueError: lists the tensors that are missing, surplus or misshapen.
     """
-    from tqdm import tqdm  # random weights need no more than jax
+    from tqdm import tqdm  # imported here, because random weights need only jax
 
     tensors = open_folder(folder)
     wanted = checkpoint_tensors(config)
@@ -168,7 +172,7 @@ def _empty(leaf, dtype, sharding):
     jax.jit, donate_argnames="leaf", static_argnames=("sharding", "part", "block", "nope_dim")
 )
 def _fill(leaf, tensor, scale, index, *, sharding, part, block, nope_dim):
-    """The leaf with the tensor in its place, in place."""
+    """Writes the tensor to its place in the leaf, in place."""
     if scale is not None:
         tensor = dequantize(tensor, scale, block)
     if part == "transposed":
@@ -182,7 +186,7 @@ def _fill(leaf, tensor, scale, index, *, sharding, part, block, nope_dim):
 
 
 def dequantize(tensor, scale, block):
-    """f32 values of a matrix in FP8: each block of it (rows, columns) has a scale of its own."""
+    """An FP8 matrix as f32. Each block of `block` = (rows, columns) has a scale of its own."""
     rows, columns = tensor.shape
     scale = jnp.repeat(jnp.repeat(scale, block[0], axis=0), block[1], axis=1)
     return tensor.astype(jnp.float32) * scale[:rows, :columns].astype(jnp.float32)
