@@ -1,9 +1,9 @@
-"""The page allocator and the continuous batching of examples/deepseek.
+"""The page manager and the continuous batching of examples/deepseek.
 
-Most tests run a toy model with integers in its cache: an entry is its token and a hash of all
-tokens up to it, made from the entry before, and the next token is a hash of all entries. So a wrong
-page, a wrong length, a lost or doubled token, a page shared with a different past: each changes the
-tokens.
+Most tests run a toy model with integers in its cache. A cache entry is a token and a hash of all
+tokens up to it, computed from the entry before. The next token is a hash of all entries. So a wrong
+page, a wrong length, a lost or doubled token, or a page shared with a sequence that began otherwise
+changes the generated tokens.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ settings = functools.partial(hypothesis.settings, deadline=None, derandomize=Tru
 PAGE = 4
 
 
-def test_pages_are_shared_by_reference():
+def test_sequences_share_published_pages():
     manager = BlockManager(8, PAGE)
     prompt = list(range(11))
     assert manager.allocate("a", prompt) == 0
@@ -36,7 +36,7 @@ def test_pages_are_shared_by_reference():
     manager.free("early")
     manager.publish("a", prompt, 11)
     assert manager.allocate("b", [*prompt[:8], 99]) == 8
-    assert manager.allocate("c", [7, *prompt[1:]]) == 0  # equal pages behind another first one
+    assert manager.allocate("c", [7, *prompt[1:]]) == 0  # the same tokens after another page
     a, b, c = map(manager.pages, "abc")
     assert a[:2] == b[:2]
     assert len({*a, *b, *c}) == 7
@@ -46,7 +46,7 @@ def test_pages_are_shared_by_reference():
     manager.check()
 
 
-def test_the_last_token_is_always_computed():
+def test_the_last_token_is_never_taken_from_the_cache():
     manager = BlockManager(8, PAGE)
     prompt = list(range(8))
     manager.allocate("a", prompt)
@@ -62,7 +62,7 @@ def test_only_written_pages_are_published():
     assert manager.allocate("b", prompt) == 4
 
 
-def test_a_freed_page_is_found_until_it_is_handed_out():
+def test_a_free_page_is_found_until_it_is_handed_out():
     manager = BlockManager(5, PAGE)
     prompt = list(range(13))
     manager.allocate("a", prompt)
@@ -72,7 +72,7 @@ def test_a_freed_page_is_found_until_it_is_handed_out():
     manager.allocate("b", [50, 51, 52, 53, 54])  # gets the two pages without content
     assert not set(manager.pages("b")) & set(pages[:3])
     assert manager.allocate("c", prompt[:9]) == 8
-    assert manager.pages("c") == pages[:3]  # the third one is handed out: its content is gone
+    assert manager.pages("c") == pages[:3]  # hands out the third page: its content is gone
     manager.free("b")
     manager.free("c")
     assert manager.allocate("d", prompt) == 8
@@ -87,12 +87,12 @@ def test_pages_without_content_are_handed_out_first():
     manager.allocate("b", [2])
     blank = manager.pages("b")
     manager.free("a")
-    manager.free("b")  # last, and yet first
+    manager.free("b")  # freed last, handed out first
     manager.allocate("c", [3])
     assert manager.pages("c") == blank
 
 
-def test_a_refused_call_changes_nothing():
+def test_a_call_that_fails_changes_nothing():
     manager = BlockManager(4, PAGE)
     manager.allocate("a", [1] * 9)
     for call in (
@@ -127,24 +127,24 @@ def test_errors_of_the_block_manager():
 
 
 @pytest.mark.parametrize("wrong", ["_references", "_free", "_digest_of", "_page_of"])
-def test_check_notices(wrong):
+def test_check_finds_inconsistent_records(wrong):
     manager = BlockManager(4, PAGE)
     manager.allocate("a", [1] * 6)
     manager.publish("a", [1] * 6, 6)
     manager.check()
-    books, page = getattr(manager, wrong), manager.pages("a")[0]
+    records, page = getattr(manager, wrong), manager.pages("a")[0]
     if wrong == "_references":
-        books[page] += 1
+        records[page] += 1
     elif wrong == "_free":
-        books[page] = None
+        records[page] = None
     else:
-        books.popitem()
+        records.popitem()
     with pytest.raises(RuntimeError):
         manager.check()
 
 
-class Books(stateful.RuleBasedStateMachine):
-    """Any sequence of calls, beside a pool that holds for each token the tokens up to it."""
+class Calls(stateful.RuleBasedStateMachine):
+    """Any sequence of calls. A model of the pool stores, for each token, all tokens up to it."""
 
     def __init__(self):
         super().__init__()
@@ -217,24 +217,24 @@ class Books(stateful.RuleBasedStateMachine):
         assert self.manager.num_free == 10
 
 
-Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
-TestBooks = Books.TestCase
+Calls.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestCalls = Calls.TestCase
 
 
 # -------------------- The toy model
 
 VOCAB, MODULUS = 13, 4093  # products of two numbers below MODULUS are exact in float32
 EOS = 5
-POOL, WIDTH = 32, 12  # pages of the cache, pages a sequence
+POOL, WIDTH = 32, 12  # pages of the cache, pages of the longest sequence
 
 
 def mix(state, token):
-    """A hash of a hash and a token; integers in, integer out. For numpy and jax."""
+    """The hash, an integer, of a hash and a token. For numpy and jax."""
     return (state * 61 + token * 17 + 7) % MODULUS
 
 
 def solo(prompt, max_tokens, eos=()):
-    """What the toy generates for one prompt, in plain Python."""
+    """The tokens that the toy generates for one prompt, in Python without a cache."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
         total = state = 0
@@ -248,7 +248,7 @@ def solo(prompt, max_tokens, eos=()):
 
 
 def toy_forward(params, config, cache, tokens, block_table, cache_seqlens, num_new):
-    """The toy: cache f32 [pages, page, 1, 2], NaN where nothing was written."""
+    """The toy model. Its cache is f32 [pages, page, 1, 2], NaN where nothing was written."""
     page, s_q = cache.shape[1], tokens.shape[1]
     capacity = block_table.shape[1] * page
 
@@ -284,14 +284,14 @@ def toy_forward(params, config, cache, tokens, block_table, cache_seqlens, num_n
 
 
 def sample_some(logits, key, temperature):
-    """The toy's own choice where temperature is 0, else others too."""
+    """A random token, or the most likely one where the temperature is 0."""
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-3))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 
 @dataclasses.dataclass
 class Toy:
-    """The toy as a step function that counts its compilations and checks what it is given."""
+    """The toy as a step function. It counts its compilations and checks its arguments."""
 
     num_blocks: int
     page: int
@@ -324,7 +324,7 @@ class Toy:
         assert (block_table[needed] >= 0).all()
         assert ((block_table >= -1) & (block_table < self.num_blocks)).all()
         assert (block_table[num_new == 0] == -1).all()
-        # What a sequence writes, nobody else holds.
+        # No other sequence holds a page that this one writes.
         begins = (cache_seqlens - num_new) // self.page
         for row, begin, end in zip(block_table, begins, used, strict=True):
             for page in row[begin:end]:
@@ -334,7 +334,7 @@ class Toy:
 
 @functools.cache
 def compiled_toy(page, batch, chunk):
-    """One for all examples: what it has compiled stays."""
+    """One toy for all examples, so that each shape is compiled once."""
     return Toy(num_blocks=POOL, page=page)
 
 
@@ -352,8 +352,8 @@ def make_batcher(toy, *, batch=3, chunk=4, eos=(EOS,), **options):
     )
 
 
-def check_books(batcher):
-    """The manager's, and that the batcher holds pages for what runs and nothing else."""
+def check_records(batcher):
+    """Checks the manager, and that only running requests hold pages."""
     manager = batcher.manager
     manager.check()
     held = set()
@@ -365,7 +365,7 @@ def check_books(batcher):
 
 
 def run_checked(batcher, arrivals=(), limit=3000):
-    """Steps until all is done. arrivals: (step, function to call then), in order."""
+    """Runs until all requests are finished. arrivals: (step, function to call then), in order."""
     arrivals, streams = list(arrivals), {}
     for step in range(limit):
         while arrivals and arrivals[0][0] <= step:
@@ -375,8 +375,8 @@ def run_checked(batcher, arrivals=(), limit=3000):
         served = batcher.step()
         for request in served:
             streams.setdefault(request, []).append(request.tokens[-1])
-        check_books(batcher)
-    assert not batcher.busy, "requests do not come to an end"
+        check_records(batcher)
+    assert not batcher.busy, "requests never finish"
     assert batcher.manager.num_free == batcher.manager.num_blocks, "pages leak"
     for request, stream in streams.items():  # each token is reported once
         assert request.generated[-len(stream) :] == stream
@@ -399,7 +399,7 @@ PREFIXES = tuple(tuple((i * 7 + p * p * 3) % VOCAB for i in range(17)) for p in 
 
 @st.composite
 def requests(draw):
-    """(step of arrival, prompt, max_tokens, steps until it is cancelled or None)."""
+    """(step of arrival, prompt, max_tokens, number of steps until it is cancelled, or None)."""
     prefix = draw(st.sampled_from(PREFIXES))[: draw(st.integers(0, 17))]
     tail = draw(st.lists(st.integers(0, VOCAB - 1), max_size=6))
     cancelled = draw(st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)))
@@ -415,13 +415,13 @@ def requests(draw):
     spare=st.integers(0, 8),
     eos=st.sampled_from([(), (EOS,)]),
 )
-def test_every_sequence_equals_its_solo_run(arriving, page, shape, spare, eos):
+def test_every_request_gets_the_tokens_of_its_solo_run(arriving, page, shape, spare, eos):
     batch, chunk = shape
     width = WIDTH * page
     arriving = [(at, prompt[: width - n + 1], n, c) for at, prompt, n, c in arriving if n < width]
     largest = max(-(-(len(prompt) + n - 1) // page) for _, prompt, n, _ in arriving)
     toy = compiled_toy(page, batch, chunk)
-    toy.num_blocks = min(largest + spare, POOL)  # what one request needs, and few more
+    toy.num_blocks = min(largest + spare, POOL)  # as many as one request needs, and a few more
     batcher = make_batcher(toy, batch=batch, chunk=chunk, eos=eos)
 
     made, events = [], []
@@ -449,14 +449,14 @@ def test_preempted_requests_resume():
     batcher = make_batcher(toy, eos=())
     made = [batcher.submit(PREFIXES[i][: 3 + i], 11) for i in range(3)]
     run_checked(batcher)
-    assert made[0].preemptions == 0  # the oldest never gives way
+    assert made[0].preemptions == 0  # the oldest keeps its pages
     assert sum(request.preemptions for request in made) >= 2
     for request in made:
         assert_solo(request, ())
     assert sorted(toy.shapes) == [(3, 1), (3, 4)]
 
 
-def test_a_preempted_request_comes_before_those_that_wait():
+def test_a_preempted_request_is_admitted_before_waiting_ones():
     batcher = make_batcher(Toy(num_blocks=7, page=2), batch=2, eos=())
     made = [batcher.submit(PREFIXES[i][:3], 10) for i in range(3)]
     while batcher.busy:
@@ -468,7 +468,7 @@ def test_a_preempted_request_comes_before_those_that_wait():
         assert_solo(request, ())
 
 
-def test_nobody_is_admitted_only_to_be_out_again():
+def test_a_new_request_is_not_preempted_at_once():
     batcher = make_batcher(Toy(num_blocks=4, page=2), eos=())
     made = [batcher.submit(PREFIXES[i][:3], 4) for i in range(2)]
     run_checked(batcher)
@@ -479,7 +479,7 @@ def test_a_common_prefix_is_read_once():
     toy = Toy(num_blocks=POOL, page=2)
     batcher = make_batcher(toy, eos=())
     first = batcher.submit(PREFIXES[0], 8)
-    for _ in range(5):  # 17 tokens by 4
+    for _ in range(5):  # 17 tokens in chunks of 4
         assert not first.generated
         batcher.step()
     assert first.generated
@@ -494,7 +494,7 @@ def test_a_common_prefix_is_read_once():
         assert_solo(request, ())
 
 
-def test_a_preempted_request_finds_pages_that_nobody_took():
+def test_a_preempted_request_finds_pages_that_are_still_free():
     toy = Toy(num_blocks=10, page=2)
     batcher = make_batcher(toy, eos=())
     made = [batcher.submit(PREFIXES[0][:5], 12), batcher.submit(PREFIXES[1][:9], 6)]
@@ -515,7 +515,7 @@ def test_requests_decode_while_others_read_their_prompts():
     assert (len(first.generated), len(long.generated)) == (6, 1)
 
 
-def test_steps_report_who_got_a_token():
+def test_a_step_returns_the_requests_that_got_a_token():
     batcher = make_batcher(Toy(num_blocks=POOL, page=4), eos=())
     assert batcher.step() == []
     one, five = batcher.submit([1], 2), batcher.submit([1, 2, 3, 4, 5], 1)
@@ -525,7 +525,7 @@ def test_steps_report_who_got_a_token():
     assert not batcher.busy
 
 
-def test_logits_will_do_in_place_of_tokens():
+def test_a_step_function_may_return_logits():
     batcher = make_batcher(Toy(num_blocks=POOL, page=4, result="logits"))
     made = [batcher.submit(prefix, 8) for prefix in PREFIXES]
     run_checked(batcher)
@@ -533,7 +533,7 @@ def test_logits_will_do_in_place_of_tokens():
         assert_solo(request)
 
 
-def test_cancelled_requests_give_their_pages_back():
+def test_a_cancelled_request_frees_its_pages():
     batcher = make_batcher(Toy(num_blocks=POOL, page=4), batch=1)
     running, waiting = batcher.submit(PREFIXES[0], 8), batcher.submit(PREFIXES[1], 8)
     batcher.step()
@@ -565,8 +565,8 @@ def test_errors_of_submit():
 # -------------------- Sampling
 
 
-def test_sampling_follows_from_the_request_alone():
-    wishes = [
+def test_samples_do_not_depend_on_other_requests():
+    asked = [
         (PREFIXES[0][:5], {"temperature": 1.0}),
         (PREFIXES[1][:3], {}),
         (PREFIXES[0][:6], {"temperature": 0.5, "seed": 2**32 - 1}),
@@ -575,7 +575,7 @@ def test_sampling_follows_from_the_request_alone():
     toy = Toy(num_blocks=10, page=2, result="sampled")
 
     def submit(batcher, number):
-        prompt, options = wishes[number]
+        prompt, options = asked[number]
         return batcher.submit(prompt, 12, **{"seed": number, **options})
 
     batcher = make_batcher(toy, eos=(), options={"temperature": 0.0})
@@ -591,21 +591,21 @@ def test_sampling_follows_from_the_request_alone():
         assert request.generated == expected.generated
     assert_solo(together[1], ())  # temperature 0: greedy
     generated = {tuple(request.generated) for request in together}
-    greedy = {tuple(solo(prompt, 12)) for prompt, _ in wishes}
+    greedy = {tuple(solo(prompt, 12)) for prompt, _ in asked}
     assert len(generated & greedy) == 1
 
 
-def test_the_seed_is_the_number_of_the_request_by_default():
+def test_the_default_seed_is_the_number_of_the_request():
     toy = Toy(num_blocks=POOL, page=2, result="sampled")
     batcher = make_batcher(toy, eos=(), options={"temperature": 100.0})  # nearly uniform
     made = [batcher.submit([1, 2], 12, **options) for options in ({}, {}, {"seed": 0})]
     run_checked(batcher)
     first, second, third = (request.generated for request in made)
     assert first == third != second
-    assert len(set(first)) > 3  # a key of its own for each token
+    assert len(set(first)) > 3  # each token has a key of its own
 
 
-# -------------------- Attention itself
+# -------------------- A model with attention
 
 LATENT, ROPE, HEADS, NOPE, MODEL, TOKENS = 12, 4, 3, 8, 16, 24
 
@@ -638,7 +638,7 @@ def rotate(x, positions):
 
 
 def attention_forward(w, config, cache, tokens, block_table, cache_seqlens, num_new):
-    """One layer of MLA, absorbed, on the paged cache."""
+    """One layer of MLA with absorption, on the paged cache."""
     b, s_q = tokens.shape
     new = jnp.arange(s_q) >= s_q - num_new[:, None]
     positions = jnp.where(new, cache_seqlens[:, None] - s_q + jnp.arange(s_q), -1)
@@ -669,7 +669,7 @@ def attention_forward(w, config, cache, tokens, block_table, cache_seqlens, num_
 
 
 def attention_solo(w, prompt, max_tokens):
-    """The same model on one sequence: keys and values of every head, no pages. Float64."""
+    """The same model on one sequence in float64: keys and values of every head, no pages."""
     w = {name: weight.astype(np.float64) for name, weight in w.items()}
     tokens = list(prompt)
     for _ in range(max_tokens):
@@ -689,7 +689,7 @@ def attention_solo(w, prompt, max_tokens):
     return tokens[len(prompt) :]
 
 
-def test_attention_gives_the_tokens_of_solo_runs():
+def test_a_model_with_attention_gets_the_tokens_of_solo_runs():
     w, page = attention_weights(), 4
     rng = np.random.default_rng(1)
     common = rng.integers(0, TOKENS, 9)
@@ -713,5 +713,5 @@ def test_attention_gives_the_tokens_of_solo_runs():
     assert any(request.reused for request in made)
     for request, prompt in zip(made, prompts, strict=True):
         assert request.generated == attention_solo(w, prompt, 16)
-    # Not a few tokens that anything would give.
+    # The tokens must vary, or a wrong model could give them too.
     assert len({token for request in made for token in request.generated}) > 6

@@ -1,7 +1,7 @@
-"""examples/deepseek against transformers' models of the same weights, on the CPU in float32.
+"""Compares examples/deepseek with the models of transformers, on the CPU in float32.
 
-The two share the checkpoint's files and nothing else: its writer, attention without absorption or
-pages, routing and rotary positions are theirs.
+The two share only the checkpoint's files. Transformers writes them, and has attention without
+absorption or pages, routing and rotary positions of its own.
 """
 
 import functools
@@ -42,7 +42,7 @@ torch.set_num_threads(1)  # jax has threads of its own
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PAGE, CHUNK, STEPS = 16, 32, 64
-# Around the ends of pages and chunks; with the steps, past the 64 tokens before YaRN.
+# At the ends of pages and chunks. With STEPS all go past the 64 tokens that YaRN extends.
 PROMPT_LENGTHS = (70, 1, 15, 16, 17, 32, 33, 47)
 TOLERANCE = 1e-4
 
@@ -53,7 +53,7 @@ YARN = {
     "beta_fast": 32,
     "beta_slow": 1,
     "mscale": 1.0,
-    "mscale_all_dim": 0.8,  # unlike mscale: then the rotation is scaled as well
+    "mscale_all_dim": 0.8,  # not equal to mscale, so that the rotation is scaled too
 }
 SIZES = {
     "vocab_size": 160,
@@ -76,7 +76,7 @@ SIZES = {
 }
 GROUPS = {"n_group": 4, "topk_group": 2}
 
-# {name: (what differs from SIZES, what config.json says that transformers does not)}
+# {name: (changes to SIZES, changes to config.json after transformers wrote it)}
 V2 = {
     "v2": (
         {**GROUPS, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0,
@@ -88,7 +88,7 @@ V2 = {
 V3 = {
     "v3": ({**GROUPS, "rope_scaling": YARN}, {}),
     "v3-halves": ({**GROUPS, "rope_interleave": False, "norm_topk_prob": False}, {}),
-    # Not a class of its own in transformers: DeepSeek-V3's layers, without groups.
+    # Transformers has no class for it. Its layers are those of DeepSeek-V3, without groups.
     "kimi-k2": (
         {"n_group": 1, "topk_group": 1, "n_routed_experts": 12, "rope_theta": 50000.0,
          "rope_scaling": {**YARN, "beta_fast": 1, "mscale_all_dim": 1.0},
@@ -99,7 +99,7 @@ V3 = {
 
 
 def randomize(model, seed):
-    """Weights with which logits are far from 0, softmaxes and routing far from even."""
+    """Sets weights that give large logits, and softmaxes and routing that are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         normal = torch.randn(x.shape, generator=generator)
@@ -108,7 +108,7 @@ def randomize(model, seed):
         if "norm" in name:
             x.data = 1 + 0.3 * normal
         elif "e_score_correction_bias" in name:
-            x.data = 0.1 * normal - 1  # so that the choice is among numbers below 0
+            x.data = 0.1 * normal - 1  # so that experts are chosen among negative numbers
         else:
             x.data = 1.5 * normal * (x.shape[-1] ** -0.5)
 
@@ -117,8 +117,9 @@ def randomize(model, seed):
 def model(request, tmp_path_factory):
     """(transformers' model, the folder it was saved to).
 
-    The folder has float32. The model goes on in float64: in float32 its logits are off by up to
-    7e-5, and ours by 5e-5, so that they would be further apart on some CPUs than either is wrong.
+    The folder has float32 weights, and our model runs in float32. Transformers' model runs in
+    float64, because in float32 its logits are wrong by up to 7e-5 and ours by 5e-5. On some CPUs
+    these errors would add up to more than the tolerance.
     """
     name = request.param
     changes, rewritten = (V2 | V3)[name]
@@ -132,7 +133,7 @@ def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     theirs.save_pretrained(folder, max_shard_size="100KB")
     rewrite_config(folder, rewritten)
-    theirs.set_experts_implementation("eager")  # the others take no float64
+    theirs.set_experts_implementation("eager")  # the other implementations do not take float64
     return theirs.double(), folder
 
 
@@ -164,15 +165,15 @@ def step(params, config, cache, tokens, table, lengths, new):
 
 
 def our_logits(params, config, prompts, steps):
-    """Chunks of the prompts, then greedy steps: (the tokens, all their logits) of each sequence.
+    """Reads prompts in chunks, then decodes greedily: (tokens, logits of all of them) by sequence.
 
-    Every sequence is read from its start in chunks of its own length, so that columns of padding
-    stand in the shorter ones, and slots without a token where a sequence has ended.
+    All sequences start in the first chunk. So shorter sequences have columns of padding in their
+    last chunk, and no new token in the chunks after it.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     table, pages = allocate(lengths + steps, PAGE)
-    # From the last page down: the first sequence has that one, whose last slot is what -1 would
-    # be in the next layer.
+    # Pages from the last one down. The last slot of the last page is where slot -1 of the next
+    # layer would be if -1 were not kept, and the first sequence uses that page.
     table = np.where(table < 0, -1, pages - 1 - table)
     cache = init_cache(config, pages, PAGE, jnp.float32).at[:].set(jnp.nan)
     found = [[] for _ in prompts]
@@ -212,7 +213,7 @@ def test_logits_and_greedy_tokens(model):
     sequences, ours = our_logits(params, config, prompts, STEPS)
     for prompt, sequence, logits in zip(prompts, sequences, ours, strict=True):
         expected = their_logits(theirs, sequence)
-        assert np.abs(expected).max() > 1  # or the bound would mean little
+        assert np.abs(expected).max() > 1  # or the tolerance would be too loose
         np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
         greedy = np.argmax(expected[len(prompt) - 1 : -1], axis=-1)
         assert sequence[len(prompt) :] == greedy.tolist()
@@ -220,7 +221,7 @@ def test_logits_and_greedy_tokens(model):
 
 @pytest.mark.parametrize("model", ["kimi-k2"], indirect=True)
 def test_one_sequence(model):
-    """In its steps there is one token, whose experts are copied."""
+    """A step has one token. Then the experts' weights are copied."""
     theirs, folder = model
     config, params = load(folder)
     assert 3 * config.experts_per_token <= config.experts
@@ -230,7 +231,7 @@ def test_one_sequence(model):
 
 @pytest.mark.parametrize("model", ["v2-lite", "kimi-k2"], indirect=True)
 def test_decoder(model):
-    """The loop on the device gives the tokens of transformers' own, and stops where that stops."""
+    """The loop on the device gives the tokens of transformers' loop, and stops at the same one."""
     theirs, folder = model
     config, params = load(folder)
     prompts, expected = make_prompts(config.vocab, (3, 40, 17), seed=2), []
@@ -244,7 +245,7 @@ def test_decoder(model):
             pad_token_id=0,
         )
         expected.append(answer[0, len(prompt) :].tolist())
-    end = expected[1][7]  # the second sequence ends here at the latest
+    end = expected[1][7]  # the second sequence ends here or before
     decoder = Decoder(params, config, chunk=16, eos=[end, 1000])
     state = decoder.start(3, [len(p) + 20 for p in prompts], page_block_size=PAGE)
     state = decoder.prefill(state, prompts)
@@ -256,7 +257,7 @@ def test_decoder(model):
 
 
 def save_tokenizer(folder, vocab):
-    """One in which token i is the word w<i>."""
+    """Saves a tokenizer in which token i is the word w<i>."""
     words = WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -269,7 +270,7 @@ def test_command(model, slots, capsys):
     theirs, folder = model
     save_tokenizer(folder, theirs.config.vocab_size)
     expected = []
-    for prompt in ([1, 5, 6, 7], [1, 8]):  # 1 begins every text
+    for prompt in ([1, 5, 6, 7], [1, 8]):  # token 1 starts every text
         expected.append(list(prompt))
         for _ in range(11):
             expected[-1].append(int(np.argmax(their_logits(theirs, expected[-1])[-1])))
@@ -289,7 +290,7 @@ v3 = pytest.mark.parametrize("model", ["v3"], indirect=True)
 
 
 def save_as_one_file(folder, target, change):
-    """A copy of the model in one shard without an index, its tensors changed by `change`."""
+    """Copies the model into one file without an index, after `change` has changed its tensors."""
     tensors = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
@@ -299,7 +300,7 @@ def save_as_one_file(folder, target, change):
 
 
 @v3
-def test_shards_or_one_file(model, tmp_path):
+def test_one_file_gives_the_same_weights_as_several(model, tmp_path):
     _, folder = model
     assert len(list(folder.glob("*.safetensors"))) > 3
     save_as_one_file(folder, tmp_path, lambda tensors: None)
@@ -307,7 +308,7 @@ def test_shards_or_one_file(model, tmp_path):
 
 
 @v3
-def test_weights_lie_as_the_layout_says(model):
+def test_weights_have_the_sharding_of_the_layout(model):
     layout = Layout.over("tp", jax.devices("cpu")[:2])
     config, params = load(model[1], place=layout.place)
     is_leaf = {"is_leaf": lambda x: isinstance(x, Leaf)}
@@ -326,9 +327,10 @@ def test_wrong_tensors_are_listed(model, tmp_path):
             "model.layers.1.mlp.experts.3.up_proj.weight"
         )
         tensors["model.norm.weight"] = torch.ones(63)
-        # Fine: of a layer that predicts a further token, and a constant.
+        # Allowed: a tensor of the layer that predicts one more token, and a constant.
         tensors["model.layers.3.eh_proj.weight"] = torch.ones(2, 2)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        # Not allowed: there is only one such layer.
         tensors["model.layers.4.eh_proj.weight"] = torch.ones(2, 2)
 
     save_as_one_file(model[1], tmp_path, change)
@@ -343,7 +345,7 @@ def test_wrong_tensors_are_listed(model, tmp_path):
 
 
 @v3
-def test_no_weights(model, tmp_path):
+def test_a_folder_without_weights(model, tmp_path):
     shutil.copy(model[1] / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="safetensors"):
         load(tmp_path)
@@ -353,7 +355,7 @@ FP8_BLOCK = (40, 24)  # divides no axis: the last blocks are smaller
 
 
 def quantize(weight):
-    """(FP8 values, a scale for each block), as DeepSeek-V3 is published."""
+    """(FP8 values, a scale for each block), as in the published DeepSeek-V3."""
     rows, columns = (-(-n // size) for n, size in zip(weight.shape, FP8_BLOCK, strict=True))
     scale = torch.zeros(rows, columns)
     values = torch.zeros(weight.shape)
@@ -368,7 +370,7 @@ def quantize(weight):
 
 
 def dequantize(values, scale):
-    """In numpy, element by element."""
+    """The values times their scales, with numpy, element by element."""
     row, column = np.indices(values.shape)
     scale = scale.numpy()[row // FP8_BLOCK[0], column // FP8_BLOCK[1]]
     return torch.from_numpy(values.float().numpy() * scale)

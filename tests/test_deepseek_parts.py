@@ -1,4 +1,4 @@
-"""examples/deepseek without another implementation beside it: its parts, devices, an H200."""
+"""Tests the parts of examples/deepseek, on several devices and compiled for an H200."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ TINY = {
     "topk_group": 1,
     "routed_scaling_factor": 2.5,
 }
-# The smallest model that has the kernel's dimensions.
+# A small model with head dims that the kernel has.
 KERNEL_SIZED = TINY | {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -71,7 +71,7 @@ quick = pytest.mark.usefixtures("quick_compile")
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"model_type": None}, "model_type is None"),
         ({"topk_method": "sinkhorn"}, "topk_method is 'sinkhorn'"),
-        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),  # beside noaux_tc
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),  # does not go with noaux_tc
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
@@ -81,7 +81,7 @@ quick = pytest.mark.usefixtures("quick_compile")
         ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "attention_factor is 1.5"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size .* None"),
-        # What it means beside routed_scaling_factor differs between implementations.
+        # Implementations differ in how it combines with routed_scaling_factor.
         ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob is True"),
     ],
 )
@@ -96,7 +96,7 @@ def test_layers_with_experts():
     assert ["router" in layer for layer in leaves(config)["layers"]] == [0, 0, 1, 0, 1, 0, 1]
 
 
-# As published: https://arxiv.org/abs/2405.04434, 2412.19437, 2507.20534.
+# The published sizes: https://arxiv.org/abs/2405.04434, 2412.19437, 2507.20534.
 @pytest.mark.parametrize(
     ("name", "billions"),
     [("deepseek-v2-lite", 15.7), ("deepseek-v2", 236), ("deepseek-v3", 671), ("kimi-k2", 1026)],
@@ -125,7 +125,7 @@ def test_softmax_scale():
 
 
 def expert_by_expert(w, config, x):
-    """The experts' part of a layer in float64, token by token; x [t, m]."""
+    """The output of a layer's experts in float64, token by token; x [t, m]."""
     w = {name: np.asarray(array, np.float64) for name, array in w.items()}
     out = np.zeros_like(x)
 
@@ -146,8 +146,8 @@ def expert_by_expert(w, config, x):
     return out
 
 
-# Few enough tokens to copy their experts, all at once, and in several goes of which the last is
-# smaller.
+# 1 and 3 tokens copy their experts. 20 go through all experts at once, 75 in several batches, the
+# last of which is smaller.
 @quick
 @pytest.mark.parametrize("tokens", [1, 3, 20, 75])
 def test_experts(tokens, monkeypatch):
@@ -166,7 +166,7 @@ def test_experts(tokens, monkeypatch):
 # -------------------- Sampling
 
 
-def test_greedy_and_cold_samples_are_the_likeliest():
+def test_greedy_and_samples_at_low_temperature_take_the_most_likely():
     logits = jax.random.normal(jax.random.key(0), (50, 300))
     best = np.argmax(np.asarray(logits), axis=1)
     np.testing.assert_array_equal(greedy(logits), best)
@@ -185,17 +185,17 @@ def test_samples_follow_the_distribution():
     tokens = np.asarray(jax.jit(sample)(logits, jax.random.key(0), temperature, top_p))
     for half, expected in (
         (tokens[: count // 2], np.sqrt(likely)),
-        # The likeliest that make 70% together: 0.4, 0.25 and 0.2.
+        # The most likely ones that sum to at least 70%: 0.4, 0.25 and 0.2.
         (tokens[count // 2 :], np.where(likely >= 0.2, likely, 0)),
     ):
         found = np.bincount(half, minlength=5) / half.size
-        # Five standard deviations of a frequency.
+        # Five standard deviations of a measured frequency.
         limit = 5 * np.sqrt(0.25 / half.size) * (expected > 0)
         assert (np.abs(found - expected / expected.sum()) <= limit).all()
 
 
-def test_few_tokens_that_are_top_p_likely_together():
-    """Four are equally likely: two of them make a half, and all of them 1, whatever is rounded."""
+def test_top_p_takes_no_more_tokens_than_needed():
+    """Four tokens are equally likely: 0.5 takes two of them. 1 takes all, despite rounding."""
     for top_p, expected in ((0.25, {0}), (0.5, {0, 1}), (0.6, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
         tokens = sample(jnp.zeros((200, 4)), jax.random.key(0), 1.0, top_p)
         assert set(np.asarray(tokens).tolist()) == expected
@@ -230,8 +230,8 @@ def test_allocate():
 
 
 @quick
-def test_cache_stays_where_it_is(implementation):
-    """In the loop on the device, on a GPU with the kernels; a second run gives the same."""
+def test_the_loop_updates_the_cache_in_place(implementation):
+    """On a GPU with the kernels. A second run gives the same tokens."""
     on_gpu = implementation == "cuda"
     config = ModelConfig.from_hf(KERNEL_SIZED if on_gpu else TINY)
     dtype = jnp.bfloat16 if on_gpu else jnp.float32
@@ -248,7 +248,7 @@ def test_cache_stays_where_it_is(implementation):
 
 
 @quick
-def test_an_empty_prompt_is_named():
+def test_an_empty_prompt_is_refused():
     config, params = tiny()
     decoder = Decoder(params, config, chunk=16)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
@@ -256,7 +256,7 @@ def test_an_empty_prompt_is_named():
 
 
 @quick
-def test_one_seed_one_answer():
+def test_the_same_seed_gives_the_same_answer():
     config, params = tiny()
     decoder = Decoder(params, config, chunk=16, temperature=1.0, top_p=0.95)
     first, again, other = (answers(decoder, PROMPTS, 12, seed=seed) for seed in (1, 1, 2))
@@ -279,8 +279,8 @@ def test_command_with_random_weights(monkeypatch, capsys):
 
 
 @quick
-def test_command_in_slots(monkeypatch):
-    """An answer follows from its seed, not from how many run beside it."""
+def test_command_with_slots(monkeypatch):
+    """An answer depends on its seed, not on how many sequences run at the same time."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
 
     def answers_of(*arguments):
@@ -308,7 +308,7 @@ def test_command_in_slots(monkeypatch):
         ([*RANDOM, "--slots", "0"], "--slots: must be at least 1, got 0"),
     ],
 )
-def test_arguments_that_do_not_go_together(arguments, message, capsys):
+def test_arguments_that_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         generate.parse_args(arguments)
     assert message in capsys.readouterr().err
@@ -319,7 +319,7 @@ def test_arguments_that_do_not_go_together(arguments, message, capsys):
 
 @functools.cache
 def solo_runs():
-    """(prompts, of which some begin alike; their greedy answers)."""
+    """(prompts, some of which begin with the same tokens; their greedy answers)."""
     rng = np.random.default_rng(3)
     common = rng.integers(0, 96, 37).tolist()
     prompts = [[*common, *rng.integers(0, 96, n).tolist()] for n in (3, 11, 12)]
@@ -337,8 +337,8 @@ def solo_runs():
 @pytest.mark.parametrize(
     ("kind", "sampling"), [(None, {}), ("tp", {"temperature": 5.0, "top_p": 0.0})]
 )
-def test_batched_requests_equal_their_solo_runs(kind, sampling):
-    """In a pool that is too small for all that run; one joins every second step."""
+def test_batched_requests_get_the_tokens_of_solo_runs(kind, sampling):
+    """The pool is too small for all running requests. One joins every second step."""
     prompts, expected = solo_runs()
     layout = Layout.over(kind, jax.devices("cpu")[:2])
     config = ModelConfig.from_hf(TINY)
@@ -369,7 +369,7 @@ def answers_of_one_device():
 
 @quick
 @pytest.mark.parametrize("kind", ["dp", "tp"])
-def test_devices_agree_with_one(kind):
+def test_several_devices_give_the_tokens_of_one(kind):
     layout = Layout.over(kind, jax.devices("cpu")[:2])
     config = ModelConfig.from_hf(TINY)
     params = random_weights(config, jax.random.key(0), jnp.float32, layout.place)
@@ -381,7 +381,7 @@ def test_devices_agree_with_one(kind):
 
 
 @quick
-def test_devices_draw_different_numbers():
+def test_devices_draw_different_tokens():
     layout = Layout.over("dp", jax.devices("cpu")[:2])
     config = ModelConfig.from_hf(TINY)
     params = random_weights(config, jax.random.key(0), jnp.float32, layout.place)
@@ -390,7 +390,7 @@ def test_devices_draw_different_numbers():
     assert (first != second).sum() > 6
 
 
-def test_what_does_not_divide_is_named():
+def test_sizes_that_the_devices_do_not_divide_are_refused():
     config, params = tiny()
     devices = jax.devices("cpu")
     with pytest.raises(ValueError, match="8 devices: heads is 4"):
@@ -409,7 +409,7 @@ def test_what_does_not_divide_is_named():
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("n", [1, 128])
 def test_weights_and_cache_are_not_copied_on_an_h200(n, h200):
-    """Three layers of V2-Lite, in decode and in prefill."""
+    """Three layers of V2-Lite, for decode and for prefill."""
     config, batch = ModelConfig.named("deepseek-v2-lite", layers=3), 32
     dtype = jnp.bfloat16
 
@@ -440,7 +440,7 @@ def test_weights_and_cache_are_not_copied_on_an_h200(n, h200):
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize(("kind", "sums"), [("dp", 0), ("tp", 2 * 3)])
 def test_the_loop_on_two_h200s(kind, sums):
-    """What crosses between devices in a step of three layers, and that both run the kernels."""
+    """A step of three layers has only the expected sums over devices, and both run the kernels."""
     layout = Layout(kind, lowering.h200_mesh((2,), ("device",)))
     config, batch = ModelConfig.named("deepseek-v2-lite", layers=3), 8
     params = jax.tree.map(
@@ -473,7 +473,7 @@ def test_the_loop_on_two_h200s(kind, sums):
 
 
 @pytest.mark.usefixtures("kernels")
-def test_dimensions_without_a_kernel_are_said_once():
+def test_one_warning_for_dimensions_without_a_kernel():
     config, params = tiny()
     cache = init_cache(config, 4, 64)
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
@@ -491,27 +491,27 @@ def test_dimensions_without_a_kernel_are_said_once():
     assert len(said) == 1
 
 
-# What rounding to bfloat16 makes of the logits, relative to their rms. A rounding's error is at
-# most 2^-8 of the value, evenly spread: 2^-8 / sqrt(3) rms. On the way to a block's output stand at
-# most 8 that are independent: the normed input, the low-rank query, the query, the query in the
-# latent space, the cache entry, the softmax's weights, what was attended to, the values. (An MLP
-# has 2.) The residual stream adds blocks of equal size up, so that its relative error is that of
-# one block; the head adds a rounding. One logit in 1e8 would exceed six standard deviations if the
-# errors were normal.
+# The error of the logits that comes from rounding to bfloat16, relative to their rms. One rounding
+# has an error of at most 2^-8 of the value, uniformly distributed: 2^-8 / sqrt(3) rms. The output
+# of a block has at most 8 independent roundings: the normed input, the low-rank query, the query,
+# the query in the latent space, the cache entry, the weights of the softmax, the attention's
+# result, the values. (An MLP has 2.) The residual stream is a sum of blocks of equal size, so its
+# relative error is that of one block. The head adds one rounding. If the errors were normally
+# distributed, one logit in 1e8 would have an error above six standard deviations.
 SIGMA = 2**-8 / math.sqrt(3) * math.sqrt(8 + 1)
 BOUND = 6 * SIGMA
 
 
 def rounded_product(equation, x, w):
-    """`product` where XLA lacks bfloat16 products: the same operands, in float32."""
+    """`product` where XLA has no bfloat16 products: rounds its operands, multiplies in float32."""
     operands = (a.astype(jnp.float32) for a in (x.astype(w.dtype), w))
     return jnp.einsum(equation, *operands, precision="highest")
 
 
 @quick
 def test_bfloat16(implementation, monkeypatch):
-    """Ragged prefill over page boundaries, then decode, against float32 in plain JAX."""
-    # All experts for each token: which ones are chosen is not continuous in the rounding.
+    """Prefill of several lengths over page boundaries, then decode, against float32."""
+    # Each token takes all experts, because a rounding could change the choice.
     config = dataclasses.replace(
         ModelConfig.from_hf(KERNEL_SIZED), experts_per_token=8, groups=1, groups_per_token=1
     )
