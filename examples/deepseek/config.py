@@ -39,8 +39,8 @@ class ModelConfig:
     experts: int = 0  # routed ones; 0: every layer is dense
     experts_per_token: int = 0
     shared_experts: int = 0
-    dense_layers: int = 0  # so many layers at the start have no experts;
-    moe_layer_freq: int = 1  # after them, layers whose index is a multiple of this have some
+    dense_layers: int = 0  # number of layers at the start, which have no experts
+    moe_layer_freq: int = 1  # after them, only layers with a multiple of this as index have experts
     topk_method: str = "greedy"  # or group_limited_greedy, or noaux_tc
     groups: int = 1
     groups_per_token: int = 1

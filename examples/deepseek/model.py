@@ -251,7 +251,7 @@ def route(w, config, x):
     if config.topk_method == "noaux_tc":
         scores = jax.nn.sigmoid(logits)
         by_group = scores + w["router_bias"]  # the bias changes the choice, not the weights
-        best = 2  # a group's score is the sum over so many of its experts
+        best = 2  # a group's score is the sum over this number of its experts
     else:
         scores = by_group = jax.nn.softmax(logits, axis=-1)
         best = 1
