@@ -348,6 +348,6 @@ def test_workspace_of_fixed_splits(b, h_q, h200):
     scratch = b * 16 * partial_bytes(h_q)
     # Beside it the schedule: 8 bytes a part, and what XLA makes it of.
     assert 0 <= compiled.memory_analysis().temp_size_in_bytes - scratch <= 1000 * b + 2**15
-    notes = Path(__file__).parent.parent / "docs/tile_scheduler.md"
+    notes = Path(__file__).parent.parent / "docs/schedule.md"
     if b == 32:
         assert f"{scratch / 1e6:.1f} MB with {h_q}" in notes.read_text("utf-8")

@@ -947,16 +947,6 @@ def test_one_copy_of_a_cache_that_is_not_donated(loop, donated, h200):
     assert others == (set() if donated else {"copy"})
 
 
-# The documentation.
-
-
-def test_snippets_of_the_docs():
-    text = (ROOT / "docs/transforms.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 6
-    exec("\n".join(snippets), {})
-
-
 # Derivatives: there are none.
 
 
