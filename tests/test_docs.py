@@ -87,7 +87,12 @@ def test_the_snippet_of_the_readme_runs_as_it_stands(implementation, capsys):
         page = names["block_table"][i, (length - 1) // names["page_size"]]
         row = names["k_cache"][page, (length - 1) % names["page_size"], 0]
         np.testing.assert_array_equal(row, names["new_kv"][i])
-    check_decode(*(names[key] for key in ("out", "lse", "q", "k_cache", "block_table", "lengths")))
+    inputs = [names[key] for key in ("q", "k_cache", "block_table", "lengths")]
+    check_decode(names["out"], names["lse"], *inputs)
+    if implementation == "cuda":
+        program = names["step"].lower(names["q"], names["new_kv"], *inputs[1:]).as_text()
+        for op in ("append_kv", "tile_scheduler", "dense_decode"):
+            assert f"jax_flashmla_{op}" in program
 
 
 def test_the_step_of_the_readme_takes_any_pages():
