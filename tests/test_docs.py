@@ -113,8 +113,10 @@ def test_the_step_of_the_readme_takes_any_pages():
     check_decode(out, lse, q, expected_cache, table, lengths)
 
 
-# Pages whose snippets run in a test file of their own, which checks what they compute.
-RUN_ELSEWHERE = {"docs/models.md": "test_models.py", "docs/parallelism.md": "test_sharding.py"}
+# The snippets of each page; those of a page run one after the other, in one namespace.
+RUN_HERE = {"docs/append.md": 1, "docs/schedule.md": 1, "docs/transforms.md": 6}
+# Beside other tests, which check what the snippets compute.
+RUN_ELSEWHERE = ["docs/models.md", "docs/parallelism.md"]
 
 
 def given(page):
@@ -131,10 +133,9 @@ def given(page):
     }
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in DOCS if snippets(page) and page not in RUN_ELSEWHERE]
-)
-def test_snippets_of_the_docs_run(page):
+@pytest.mark.parametrize(("page", "count"), RUN_HERE.items())
+def test_snippets_of_the_docs_run(page, count):
+    assert len(snippets(page)) == count
     names = given(page)
     exec("\n".join(snippets(page)), names)
     if page == "docs/append.md":
@@ -142,9 +143,11 @@ def test_snippets_of_the_docs_run(page):
         assert written.tolist() == [[1, 1]]
 
 
-@pytest.mark.parametrize(("page", "file"), RUN_ELSEWHERE.items())
-def test_the_other_snippets_run_elsewhere(page, file):
-    assert page in read(f"tests/{file}")
+def test_no_page_has_snippets_that_nothing_runs():
+    assert {page for page in DOCS if snippets(page)} == {*RUN_HERE, *RUN_ELSEWHERE}
+    others = [path for path in ROOT.glob("tests/*.py") if path != Path(__file__)]
+    for page in RUN_ELSEWHERE:
+        assert any(f'"{page}"' in path.read_text(encoding="utf-8") for path in others)
 
 
 # Links.
