@@ -1,36 +1,34 @@
 """Times decode on two GPUs against one: data, tensor and context parallel.
 
-    python benchmarks/parallel.py               -> benchmarks/results/<card>_x2.json
-    python benchmarks/parallel.py --smoke       tiny shapes on two CPU devices: does the script run
+    python benchmarks/bench_parallel.py           -> benchmarks/results/<card>_x2.json
+    python benchmarks/bench_parallel.py --smoke   tiny shapes on two CPU devices
 
-A round is one jitted function of several calls, which read different pages; each call waits for
-the one before, its exchange included, as the layers of a model do. What makes it wait, a look at
-the last result, costs a tiny kernel a call, on one GPU and on two alike. The schedule is made once
-a round. The other rules of timing are those of decode.py.
+A round is one jitted function of several calls, which read different pages. Each call waits for
+the one before and its exchange, as the layers of a model do: it looks at the last result, which
+costs a tiny kernel a call, on one GPU and on two alike. The schedule is made once a round. The
+other rules of timing are those of README.md.
 """
 
-import argparse
 import dataclasses
-import json
+import functools
 import math
-import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cards import results_path
-from harness import MAX_REL_ERR
+from bench_dense_decode import HEAD_DIM_K, HEAD_DIM_V, OP, DenseDecode, check_results
+from core.op import MIN_BYTES_IN_ALL
+from core.rounds import DonatedRound
+from core.run import Run, parse, parser_of
+from core.timing import time_rounds
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from results_file import commit_of
-from rounds import DonatedRound
-from timing import time_rounds
-from workloads import HEAD_DIM_K, HEAD_DIM_V, MIN_BYTES_IN_ALL
 
 import jax_flashmla as mla
 
-DEVICES, PAGE = 2, 64
+OP_NAME, DEVICES, PAGE = "parallel_decode", 2, 64
+CHECKED_SEQUENCES = 4
 
 # How the arguments (q, k_cache, block_table, lengths) and the results (out, lse) are split.
 SPLITS = {
@@ -49,6 +47,10 @@ class Case:
     s_q: int = 1
     h_q: int = 128
     calls: int = 16  # of a round
+
+    @property
+    def name(self):
+        return f"{self.kind} h{self.h_q}-s{self.s_q}-{self.batch}x{self.length}"
 
     @property
     def sets(self):
@@ -78,9 +80,9 @@ CASES = [
 SMOKE = [Case(kind, 2, 256, s_q=2, h_q=2, calls=2) for kind in ("data", "tensor", "context")]
 
 
-def decode_calls(kind, implementation, outs, lses, qs, k_cache, tables, lengths):
-    """One device's part of a round: (outs, lses). Those given are reused, the last round's."""
-    del outs, lses
+def decode_calls(kind, implementation, results, qs, k_cache, tables, lengths):
+    """One device's part of a round: its results. Those of the last round are overwritten."""
+    del results
     capacity = tables[0].shape[1] * k_cache.shape[1]
 
     def localize(lengths):
@@ -92,7 +94,7 @@ def decode_calls(kind, implementation, outs, lses, qs, k_cache, tables, lengths)
 
     rows = qs[0].shape[1] * qs[0].shape[2]
     schedule = mla.get_mla_metadata(localize(lengths)[0], rows, 1, implementation=implementation)
-    outs, lses = [], []
+    found = []
     for i, q in enumerate(qs):
         local, offset = localize(lengths)
         out, lse = mla.flash_mla_with_kvcache(
@@ -101,11 +103,10 @@ def decode_calls(kind, implementation, outs, lses, qs, k_cache, tables, lengths)
         )  # fmt: skip
         if kind == "context":
             out, lse = mla.merge_attention_states_across(out, lse, "x")
-        outs.append(out)
-        lses.append(lse)
+        found.append((out, lse))
         # No lse is NaN, so the lengths stay as they are; but the next call must wait.
         lengths = lengths + jnp.isnan(lse[:, 0, 0]).astype(jnp.int32)
-    return outs, lses
+    return found
 
 
 def make_inputs(case):
@@ -138,118 +139,94 @@ def make_inputs(case):
 def compiled_round(case, kind, devices, implementation, qs, pool, tables, lengths):
     """A DonatedRound on some devices."""
     mesh = jax.sharding.Mesh(np.array(devices), ("x",))
-    (q, k, table, length), (out, lse) = SPLITS[kind]
+    (q, k, table, length), results = SPLITS[kind]
 
     def put(x, spec):
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    def poisoned(shape, dtype, spec):
-        return [put(jnp.full(shape, jnp.nan, dtype), spec) for _ in range(case.calls)]
-
     def function(*arguments):
         return decode_calls(kind, implementation, *arguments)
 
-    result_specs = ([out] * case.calls, [lse] * case.calls)
+    specs = [results] * case.calls
     mapped = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(*result_specs, [q] * case.calls, k, [table] * len(tables), length),
-        out_specs=result_specs,
-    )
+        function, mesh=mesh, out_specs=specs,
+        in_specs=(specs, [q] * case.calls, k, [table] * len(tables), length),
+    )  # fmt: skip
     arguments = (
         [put(x, q) for x in qs], put(pool, k), [put(x, table) for x in tables],
         put(lengths, length),
     )  # fmt: skip
     b, s_q, h_q, _ = qs[0].shape
-    buffers = (
-        poisoned((b, s_q, h_q, HEAD_DIM_V), jnp.bfloat16, out),
-        poisoned((b, h_q, s_q), jnp.float32, lse),
-    )
-    jitted = jax.jit(mapped, donate_argnums=(0, 1), keep_unused=True)
-    return DonatedRound(
-        jitted.lower(*buffers, *arguments).compile(), buffers, arguments, case.calls
-    )
+    like = ((b, s_q, h_q, HEAD_DIM_V), jnp.bfloat16), ((b, h_q, s_q), jnp.float32)
+    buffers = [
+        tuple(
+            put(jnp.full(shape, jnp.nan, dtype), spec)
+            for (shape, dtype), spec in zip(like, results, strict=True)
+        )
+        for _ in range(case.calls)
+    ]
+    jitted = jax.jit(mapped, donate_argnums=0, keep_unused=True)
+    return DonatedRound(jitted.lower(buffers, *arguments).compile(), buffers, arguments, case.calls)
 
 
-def largest_error(outs, expected):
-    """The largest relative L2 error of any call's out."""
-    errors = []
-    for out, reference in zip(outs, expected, strict=True):
-        out, reference = np.asarray(out, np.float32), np.asarray(reference, np.float32)
-        errors.append(np.linalg.norm(out - reference) / np.linalg.norm(reference))
-    return float(max(errors))
+def errors(case, qs, pool, tables, lengths, rounds):
+    """{column: the largest error of any call of any round}, beside float32."""
+    shape = DenseDecode(case.h_q, case.s_q, case.batch, case.length)
+    check = jax.jit(functools.partial(check_results, shape, sample=CHECKED_SEQUENCES))
+    found = []
+    for i, q in enumerate(qs):
+        results = [jax.device_put(r.results[i], jax.devices()[0]) for r in rounds]
+        found.append(check(pool, lengths, (tables[i % len(tables)], q), results))
+    return {name: float(f"{np.max([one[name] for one in found]):.3g}") for name in found[0]}
 
 
 def measure(case, devices, options):
     qs, pool, alone, split, lengths = make_inputs(case)
+    implementation = "xla" if options.smoke else "cuda"
     rounds = {
-        "one": compiled_round(
-            case, "one", devices[:1], options.implementation, qs, pool, alone, lengths
-        ),
-        "two": compiled_round(
-            case, case.kind, devices, options.implementation, qs, pool, split, lengths
-        ),
-    }
+        name: compiled_round(case, kind, those, implementation, qs, pool, tables, lengths)
+        for name, kind, those, tables in (
+            ("one", "one", devices[:1], alone), ("two", case.kind, devices, split)
+        )
+    }  # fmt: skip
     timings = time_rounds(
         {name: each.round for name, each in rounds.items()},
-        repeats=options.repeats,
-        seconds=options.seconds,
-        rest=options.rest,
-    )
+        repeats=options.repeats, seconds=options.seconds, rest=options.rest,
+    )  # fmt: skip
     one, two = timings["one"], timings["two"]
     return dataclasses.asdict(case) | {
-        "one_us": round(one.us, 2),
-        "two_us": round(two.us, 2),
-        "speedup": round(one.us / two.us, 3),
-        "exchanged_bytes": case.exchanged_bytes,
-        "rel_err": largest_error(rounds["two"].outs, rounds["one"].outs),
-        "host_us": round(two.host_us, 2),
-        "spread": round(max(one.spread, two.spread), 4),
-    }
+        "one_us": round(one.us, 2), "two_us": round(two.us, 2),
+        "speedup": round(one.us / two.us, 3), "exchanged_bytes": case.exchanged_bytes,
+        **errors(case, qs, pool, alone, lengths, rounds.values()),
+        "host_us": round(two.host_us, 2), "spread": round(max(one.spread, two.spread), 4),
+    }  # fmt: skip
 
 
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, help="results file (results/<card>_x2.json)")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on two CPU devices")
-    parser.add_argument("--implementation", default="cuda", choices=["cuda", "xla"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.005, help="length of a repeat")
-    parser.add_argument("--rest", type=float, default=0.05, help="pause before a repeat")
-    parser.add_argument("--commit", help="commit to record, where there is no .git")
-    options = parser.parse_args(argv)
-    if options.smoke:
-        options.implementation, options.repeats, options.rest = "xla", 1, 0.0
-    return options
+def run_cases(run):
+    cases = SMOKE if run.options.smoke else CASES
+    print(f"{'case':38s} {'one us':>9s} {'two us':>9s} {'speedup':>8s}")
+    for case in cases:
+        if not run.wanted(OP_NAME, "two", case.name):
+            continue
+        if run.out_of_time(case.name):
+            break
+        row = run.guarded(case.name, measure, case, jax.devices()[:DEVICES], run.options)
+        if row is not None:
+            wrong = OP.wrong(row)
+            run.add(OP_NAME, "two", case.name, row, wrong)
+            print(f"{case.name:38s} {row['one_us']:9.2f} {row['two_us']:9.2f} "
+                  f"{row['speedup']:7.2f}x{'  WRONG' if wrong else ''}", flush=True)  # fmt: skip
 
 
 def main(argv=None):
-    options = parse_arguments(argv)
+    options = parse(parser_of(__doc__, ["two"]), argv, ["two"])
     if options.smoke:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", DEVICES)
-    devices = jax.devices()[:DEVICES]
-    if len(devices) < DEVICES:
-        raise SystemExit(f"needs {DEVICES} devices, JAX sees {len(devices)}")
-    path = options.out or (None if options.smoke else results_path(devices[0].device_kind, "_x2"))
-    results = {
-        "device": f"{DEVICES} x {devices[0].device_kind}, jax {jax.__version__}",
-        "commit": commit_of(options),
-        "rows": [],
-    }
-    print(results["device"])
-    print(f"{'case':38s} {'one us':>9s} {'two us':>9s} {'speedup':>8s}")
-    for case in SMOKE if options.smoke else CASES:
-        row = measure(case, devices, options)
-        results["rows"].append(row)
-        name = f"{case.kind} {case.batch} x {case.length}, h_q {case.h_q}, s_q {case.s_q}"
-        wrong = "" if row["rel_err"] <= MAX_REL_ERR else "  WRONG"
-        print(f"{name:38s} {row['one_us']:9.2f} {row['two_us']:9.2f} {row['speedup']:7.2f}x{wrong}",
-              flush=True)  # fmt: skip
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if all(row["rel_err"] <= MAX_REL_ERR for row in results["rows"]) else 1
+    if len(jax.devices()) < DEVICES:
+        raise SystemExit(f"needs {DEVICES} devices, JAX sees {len(jax.devices())}")
+    run = Run(options, f"_x{DEVICES}", devices=DEVICES)
+    run_cases(run)
+    return run.finish()
 
 
 if __name__ == "__main__":

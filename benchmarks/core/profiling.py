@@ -1,67 +1,36 @@
 """Which kernels a round runs, when, and whether one call starts before the last one ended."""
 
 import collections
-import gzip
 import itertools
 import json
 import pathlib
 import statistics
 import tempfile
 
-import jax
-
-
-def _torch_kernels(round_):
-    """Kernels as (name, start us, end us), recorded by torch's profiler; it sees JAX's too."""
-    import torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "trace.json"
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
-            round_.enqueue()
-            round_.wait()
-            torch.cuda.synchronize()
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    kernels = [event for event in events if event.get("cat") == "kernel"]
-    return [(event["name"], event["ts"], event["ts"] + event["dur"]) for event in kernels]
-
-
-def _jax_kernels(round_):
-    """The same from JAX's profiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            round_.enqueue()
-            round_.wait()
-        (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
-        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    devices = {
-        event["pid"]
-        for event in events
-        if event.get("name") == "process_name" and "/device:GPU" in event["args"]["name"]
-    }
-    return [
-        (event["name"], event["ts"], event["ts"] + event["dur"])
-        for event in events
-        if event.get("ph") == "X" and event.get("pid") in devices
-        and "kernel_details" in event.get("args", {})
-    ]  # fmt: skip
-
 
 def record(round_):
-    """The kernels of one round in order of their start."""
+    """The kernels of one round as (name, start us, end us), in order of their start.
+
+    PyTorch's profiler records them; it sees JAX's kernels too.
+    """
+    import torch
+
     for _ in range(3):
         round_.enqueue()
     round_.wait()
-    for recorder in (_torch_kernels, _jax_kernels):
-        try:
-            kernels = recorder(round_)
-        except Exception as error:
-            print(f"{recorder.__name__}: {type(error).__name__}: {error}", flush=True)
-            continue
-        if kernels:
-            return sorted(kernels, key=lambda kernel: kernel[1])
-    raise RuntimeError("no profiler recorded a kernel")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "trace.json"
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            round_.enqueue()
+            round_.wait()
+            torch.cuda.synchronize()
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    if not kernels:
+        raise RuntimeError("the profiler recorded no kernel")
+    found = [(event["name"], event["ts"], event["ts"] + event["dur"]) for event in kernels]
+    return sorted(found, key=lambda kernel: kernel[1])
 
 
 def summarize(kernels, calls):

@@ -1,7 +1,7 @@
-"""Timing of rounds: a round is a fixed number of calls, each on an input set of its own.
+"""Timing of rounds: a round is a fixed number of calls, each on inputs of its own.
 
-Ours and a peer's are timed alike: many rounds are enqueued, the host waits once at the end,
-and the rivals take turns so that clocks and heat treat them alike.
+Our rounds and a peer's are timed alike: many rounds are enqueued, and the host waits once at the
+end. They take turns, so that the clock and the heat of the card are the same for all.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 @dataclasses.dataclass
 class Round:
-    """One round: `enqueue` starts its calls, `wait` returns when they and all before have ended."""
+    """One round: `enqueue` starts its calls, `wait` returns when all calls so far have ended."""
 
     calls: int
     enqueue: Callable[[], None]
@@ -22,10 +22,15 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    us: float  # a call, median over the repeats
+    us: float  # a call; the median of the repeats
     spread: float  # (slowest - fastest) / median of the repeats
-    host_us: float  # a call, the host's part: enqueueing on an idle device
-    sm_mhz: int | None  # the SM clock seen half way through the last repeat
+    host_us: float  # a call: what the host takes to enqueue it on an idle device
+    sm_mhz: int | None  # the SM clock during the last repeat
+
+    @property
+    def host_bound(self):
+        """Whether the host may not enqueue fast enough for the device."""
+        return self.host_us > 0.8 * self.us
 
 
 def _seconds(round_, rounds):
@@ -46,13 +51,12 @@ def _host_seconds(round_):
 
 
 def time_rounds(rounds, *, repeats, seconds, rest=0.0, sm_clock=None):
-    """Times of several rivals: {name: Round} -> {name: Timing}.
+    """Times rounds that take turns: {name: Round} -> {name: Timing}.
 
-    A repeat of one rival is a burst of rounds that lasts about `seconds` and one of three times as
-    many; the difference counts, so that what starting and awaiting a burst costs does not. The
-    repeats of all rivals are interleaved. Before each burst the device rests for `rest` seconds,
-    else the heat of one rival is the next one's limit: the power that a card draws is capped over
-    a longer time than a burst lasts.
+    A repeat is a burst of rounds that lasts about `seconds`, and a second burst of three times as
+    many. The difference of the two counts, so that starting and awaiting a burst does not. Before
+    each burst the device rests for `rest` seconds. Without rests one round's heat slows the next
+    one: the card caps its power over a longer time than a burst lasts.
     """
     counts, host, times, clocks = {}, {}, {}, {}
     for name, round_ in rounds.items():

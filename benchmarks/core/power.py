@@ -1,6 +1,6 @@
-"""The SM clock and the power of the card, and what a call takes under lasting load.
+"""The SM clock and the power of the card, and what a call takes under sustained load.
 
-Under load the clock falls until the card draws no more than its limit, within milliseconds. NVML's
+Under load the clock falls within milliseconds, until the card draws no more than its limit. NVML's
 figures follow some tens of milliseconds later, so the clock is measured on the device as well.
 """
 
@@ -10,12 +10,12 @@ import statistics
 import threading
 import time
 
-import timing
+from core import timing
 
 SAMPLE_SECONDS = 0.002
 PROBE_NANOSECONDS = 50_000
 PROBES = 5
-# How much of the sustained time the probes of the clock get.
+# The part of the sustained time that warming up and probing the clock last.
 PROBED_PART = 0.3
 
 PROBE_KERNEL = r"""
@@ -48,7 +48,7 @@ class Sustained:
 
 
 class Nvml:
-    """Readings of the first device; constructing it raises where NVML is not to be had."""
+    """Readings of the first device. The constructor raises if NVML is not there."""
 
     def __init__(self):
         import pynvml
@@ -62,7 +62,7 @@ class Nvml:
         return self._nvml.nvmlDeviceGetClockInfo(self._device, self._nvml.NVML_CLOCK_SM)
 
     def watts(self):
-        """The power of now where the driver tells it, else the mean of the last second."""
+        """The power at this moment if the driver tells it, else the mean of the last second."""
         try:
             field = self._nvml.NVML_FI_DEV_POWER_INSTANT
             (value,) = self._nvml.nvmlDeviceGetFieldValues(self._device, [field])
@@ -74,7 +74,7 @@ class Nvml:
 
 
 class ClockProbe:
-    """Measures the SM clock on the device; constructing it raises where CuPy is not to be had."""
+    """Measures the SM clock on the device. The constructor raises if CuPy is not there."""
 
     def __init__(self):
         import cupy
@@ -96,7 +96,7 @@ class ClockProbe:
 
 
 def attempt(make, what):
-    """What `make` gives, or None and a line that says so."""
+    """What `make` returns. If it raises: None, and a printed line that says why."""
     try:
         return make()
     except Exception as error:
@@ -113,7 +113,7 @@ class Meter:
 
 
 class Sampler:
-    """Reads NVML from a thread while it is entered; what fails to be read is left out."""
+    """Reads NVML in a thread, as a context manager. It stops at the first reading that fails."""
 
     def __init__(self, nvml):
         self._nvml, self._stop = nvml, threading.Event()
@@ -138,7 +138,7 @@ class Sampler:
             self._thread.join()
 
     def medians(self):
-        """(MHz, watts) over the later half, when the card has found its clock; None if unknown."""
+        """(MHz, watts) of the later half, when the clock no longer falls; None if unknown."""
         later = self.samples[len(self.samples) // 2 :]
         if not later:
             return None, None
@@ -163,10 +163,10 @@ def _probed(probe):
 
 
 def sustain(round_: timing.Round, us, seconds, meter):
-    """Times calls of about `us` under a load that lasts `seconds`, and reads clock and power.
+    """Times calls of about `us` under a load of `seconds`, and reads clock and power.
 
-    The first part warms the card up, the second is timed, a third, right after it, is not: there
-    the probes of the clock take their share of an SM.
+    The first burst warms the card up and the second is timed. The third follows at once and is not
+    timed: there the probes of the clock use a part of an SM.
     """
     rounds = max(1, math.ceil(1e6 * seconds / (us * round_.calls)))
     few = max(1, round(PROBED_PART * rounds))

@@ -1,15 +1,15 @@
-"""The cards that are measured on: what each reaches at best, and where its results are kept."""
+"""The cards that are measured on: their peak rates, and where their results are kept."""
 
 import dataclasses
 import pathlib
 import re
 
-FOLDER = pathlib.Path(__file__).resolve().parent / "results"
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """Every floor on a card is stated with these two, whatever a run reaches."""
+    """Every floor on a card is computed from these two rates, whatever a run reaches."""
 
     kind: str  # as JAX names it
     name: str
@@ -17,15 +17,14 @@ class Card:
     bytes: float  # read from memory, a second
 
 
-# The cases were chosen on an H200, and the peers' stored figures are of one.
 H200 = Card("NVIDIA H200", "H200", 780e12, 4.55e12)
-H100 = Card("NVIDIA H100 80GB HBM3", "H100", 780e12, 3.15e12)
+H100 = Card("NVIDIA H100 80GB HBM3", "H100", 780e12, 3.08e12)
 
 
 def card_of(device):
-    """The card that `device`, a kind or a text that begins with one and a comma, is about.
+    """The card of `device`, which is a kind or a text that begins with one and a comma.
 
-    One that is not known has the floors of an H200.
+    An unknown card has the rates of an H200.
     """
     kind = device.split(",")[0]
     unknown = dataclasses.replace(H200, kind=kind, name=kind)

@@ -1,0 +1,423 @@
+"""Times a whole model: examples/deepseek with random weights of DeepSeek-V2-Lite's dimensions.
+
+    python benchmarks/bench_model.py             -> benchmarks/results/<card>_model.json
+    python benchmarks/bench_model.py --smoke     a tiny model on the CPU
+    python benchmarks/bench_model.py --sections step
+
+step: the decoder's own loop on the device, greedy, a token of each sequence a step. The cache is
+full of random numbers and the lengths are set: the time does not depend on how they came there.
+Every sequence has pages of its own, in random order. A step is timed with our kernels ("cuda"),
+with attention in plain JAX ("xla"), and without attention ("without": its result is the first
+columns of the query). What attention costs is the difference. Lengths are traced, and the block
+table is that of the longest context that fits: so each form of a batch size is one program.
+prefill: a prompt is read in chunks of several sizes, by the program that Decoder.prefill runs.
+
+All programs are compiled first, some at a time, and before there is a cache. What the budget leaves
+out has no row; the same command goes on from there.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from core import report
+from core.run import Run, parse, parser_of
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+from examples.deepseek import model
+from examples.deepseek.config import ModelConfig
+from examples.deepseek.decoding import Decoder, State
+from examples.deepseek.weights import random_weights
+
+OP_NAME, NAME, PAGE = "model", "deepseek-v2-lite", 64
+SECTIONS = ("step", "prefill")
+WORKSPACE = 6e9  # bytes left to programs when a context is said to fit
+FILLING_PAGES = 1024  # random pages, of which the cache is made
+COMPILED_AT_A_TIME = 4
+COMPILING_PART = 0.65  # of the budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way to run attention in a step."""
+
+    name: str
+    implementation: str  # of the ops
+    steps: int  # of a burst
+    bursts: int
+    batches: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    config: ModelConfig
+    contexts: tuple[int, ...]
+    forms: tuple[Form, ...]
+    prompt: int  # a multiple of each of the chunks
+    chunks: tuple[int, ...]
+    dtype: str
+
+
+def full_plan():
+    forms = (
+        Form("cuda", "auto", 32, 5, (1, 32, 128)),
+        Form("without", "auto", 32, 5, (1, 32, 128)),
+        Form("xla", "xla", 2, 2, (1, 32, 128)),
+    )
+    config = ModelConfig.named(NAME)
+    return Plan(config, (1024, 8192, 32768), forms, 4096, (64, 256, 512), "bfloat16")
+
+
+def smoke_plan():
+    tiny = dataclasses.replace(
+        ModelConfig.named(NAME, layers=2), vocab=256, width=64, heads=2, mlp_width=64,
+        expert_width=32, experts=8,
+    )  # fmt: skip
+    forms = (
+        Form("cuda", "xla", 2, 1, (1, 2)),
+        Form("without", "xla", 2, 1, (1, 2)),
+        Form("xla", "xla", 1, 1, (1,)),
+    )
+    return Plan(tiny, (64, 128), forms, 64, (16, 32), "float32")
+
+
+def bytes_of(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def cache_bytes(plan, batch, context):
+    itemsize = jnp.dtype(plan.dtype).itemsize
+    return batch * context * plan.config.layers * plan.config.entry_dim * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """What a row is about: its program, and how it is measured."""
+
+    section: str
+    case: str
+    columns: dict
+    state: tuple  # (batch, longest context) of the state that it is measured on
+    program: tuple  # figures with the same of these share a program
+    lower: Callable | None  # () -> the lowered program; None: the cache does not fit
+    measure: Callable  # (the program, a Batch) -> columns
+
+
+def step_figures(plan, params, limit):
+    batches = sorted({batch for form in plan.forms for batch in form.batches})
+    for batch, form in itertools.product(batches, plan.forms):
+        if batch not in form.batches:
+            continue
+        sizes = {context: cache_bytes(plan, batch, context) for context in plan.contexts}
+        fitting = [c for c, size in sizes.items() if bytes_of(params) + size + WORKSPACE <= limit]
+        longest = max(fitting, default=0)
+        lower = functools.partial(lower_form, plan, params, form, batch, longest)
+        for context, size in sizes.items():
+            yield Figure(
+                "step", f"{form.name} {batch} x {context}",
+                {"form": form.name, "batch": batch, "context": context, "cache_bytes": size},
+                (batch, longest), (form.name, batch), lower if context in fitting else None,
+                functools.partial(measure_form, params, form, batch, context),
+            )  # fmt: skip
+
+
+def prefill_figures(plan, params):
+    for chunk in plan.chunks:
+        yield Figure(
+            "prefill", f"{plan.prompt} by {chunk}", {"prompt": plan.prompt, "chunk": chunk},
+            (1, plan.prompt), ("prefill", chunk),
+            functools.partial(lower_prefill, plan, params, chunk),
+            functools.partial(measure_prefill, plan, params, chunk),
+        )  # fmt: skip
+
+
+# -------------------- The programs
+
+
+def abstract_state(plan, batch, longest):
+    """The shapes of what make_state makes."""
+    pages = -(-longest // PAGE)
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    shape = plan.config.layers * batch * pages, PAGE, 1, plan.config.entry_dim
+    return State(
+        jax.ShapeDtypeStruct(shape, jnp.dtype(plan.dtype)),
+        jax.ShapeDtypeStruct((batch, pages), jnp.int32),
+        row,
+        row,
+        jax.ShapeDtypeStruct((batch,), bool),
+        jax.eval_shape(lambda: jax.random.key(2)),
+    )
+
+
+def make_state(plan, batch, longest):
+    """A batch whose pages are full of random numbers, its lengths still to be set."""
+    like = abstract_state(plan, batch, longest)
+    table = np.random.default_rng(0).permutation(like.block_table.size).astype(np.int32)
+
+    @jax.jit
+    def fill(key):
+        shape = (FILLING_PAGES, *like.cache.shape[1:])
+        some = jax.random.normal(key, shape, jnp.float32).astype(plan.dtype)
+        return some[jnp.arange(like.cache.shape[0]) % FILLING_PAGES]
+
+    return State(
+        fill(jax.random.key(1)),
+        jnp.asarray(table.reshape(like.block_table.shape)),
+        *(jnp.zeros(batch, x.dtype) for x in (like.lengths, like.token, like.done)),
+        jax.random.key(2),
+    )
+
+
+def without_attention(q, k_cache, block_table, cache_seqlens, head_dim_v, *args, **kwargs):
+    return q[..., :head_dim_v], None
+
+
+def lower_form(plan, params, form, batch, longest):
+    decoder = Decoder(params, plan.config, implementation=form.implementation)
+    attention = without_attention if form.name == "without" else model.flash_mla_with_kvcache
+    with mock.patch.object(model, "flash_mla_with_kvcache", attention):
+        lowered = decoder.program(form.steps).lower(params, abstract_state(plan, batch, longest))
+    has_kernels = "jax_flashmla_dense_decode" in lowered.as_text()
+    if form.name == "cuda" and form.implementation == "auto" and not has_kernels:
+        raise SystemExit("there are no kernels here; --smoke runs anywhere")
+    return lowered
+
+
+def lower_prefill(plan, params, chunk):
+    implementation = plan.forms[0].implementation
+    decoder = Decoder(params, plan.config, chunk=chunk, implementation=implementation)
+    tokens, end = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, chunk), (1,)))
+    state = abstract_state(plan, 1, plan.prompt)
+    return decoder.read_program.lower(params, state, tokens, end)
+
+
+def compile_all(figures, run):
+    """{key: the future of its program}, as far as the time goes."""
+    pool, started = concurrent.futures.ThreadPoolExecutor(COMPILED_AT_A_TIME), {}
+
+    def left():
+        return max(COMPILING_PART * run.options.budget - run.elapsed(), 0)
+
+    for figure in figures:
+        if figure.lower is not None and figure.program not in started and left():
+            started[figure.program] = pool.submit(figure.lower().compile)
+    concurrent.futures.wait(started.values(), left())
+    pool.shutdown(cancel_futures=True)
+    print(f"{len(started)} programs after {run.elapsed():.0f} s", flush=True)
+    return {key: future for key, future in started.items() if not future.cancelled()}
+
+
+# -------------------- Timing
+
+
+class Batch:
+    """A state that is made when it is needed: donation uses it up, and a failure too."""
+
+    def __init__(self, plan, batch, longest):
+        self.make = functools.partial(make_state, plan, batch, longest)
+        self.state = None
+
+    def seconds(self, run, lengths):
+        """Of run(state) -> state, from that length of all sequences on."""
+        state, self.state = self.state, None
+        state = self.make() if state is None else state
+        batch = len(state.lengths)
+        state = jax.block_until_ready(
+            dataclasses.replace(
+                state,
+                lengths=jnp.full(batch, lengths, jnp.int32),
+                token=jnp.arange(batch, dtype=jnp.int32),
+            )
+        )
+        began = time.perf_counter()
+        self.state = jax.block_until_ready(run(state))
+        return time.perf_counter() - began
+
+    def median(self, run, lengths, bursts):
+        """The first burst does not count: it loads what the program needs."""
+        return statistics.median([self.seconds(run, lengths) for _ in range(1 + bursts)][1:])
+
+
+def measure_form(params, form, batch, context, program, state):
+    """A step; the context is what the last step sees."""
+    seconds = state.median(
+        lambda state: program(params, state)[1], context - form.steps, form.bursts
+    )
+    ms = seconds / form.steps * 1e3
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "ms": round(ms, 4),
+        "tokens_per_s": round(batch / ms * 1e3, 1),
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def measure_prefill(plan, params, chunk, program, state):
+    """A prompt of random tokens, chunk by chunk."""
+    tokens = np.random.default_rng(1).integers(0, plan.config.vocab, (1, chunk), np.int32)
+
+    def read(state):
+        for end in range(chunk, plan.prompt + 1, chunk):
+            state = program(params, state, tokens, np.array([end], np.int32))
+        return state
+
+    seconds = state.median(read, 0, 3)
+    return {
+        "ms": round(seconds * 1e3, 3),
+        "tokens_per_s": round(plan.prompt / seconds, 1),
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def measure(run, plan, figures):
+    """A row for each figure, as far as the time goes."""
+    figures = [f for f in figures if run.wanted(OP_NAME, f.section, f.case)]
+    programs, left_out = compile_all(figures, run), 0
+    for shape, group in itertools.groupby(figures, lambda figure: figure.state):
+        state = Batch(plan, *shape)
+        for figure in group:
+            program = programs.get(figure.program)
+            late = program is None or run.elapsed() > run.options.budget
+            if figure.lower is not None and late:
+                left_out += 1
+                continue
+            row = figure.columns | figure_row(figure, program, state)
+            print(f"{figure.section} {figure.case}: {row.get('ms') or row['why']}", flush=True)
+            run.add(OP_NAME, figure.section, figure.case, row)
+        del state  # before there is another cache
+    if left_out:
+        run.error(f"out of time: {left_out} figures are left out; the same command goes on")
+
+
+def figure_row(figure, program, state):
+    """The columns of a figure, or why there are none."""
+    if figure.lower is None:
+        return {"why": "does not fit"}
+    try:
+        return figure.measure(program.result(), state)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"why": "out of memory"}
+
+
+def main(argv=None):
+    options = parse(parser_of(__doc__, SECTIONS), argv, SECTIONS)
+    # By default JAX takes 0.75 of the memory: on an H100 too little for 33 GB of cache.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    plan = smoke_plan() if options.smoke else full_plan()
+    run = Run(options, "_model")
+    params = jax.block_until_ready(
+        random_weights(plan.config, jax.random.key(0), jnp.dtype(plan.dtype))
+    )
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 1e12)
+    weights = {"model": NAME, "weights_bytes": bytes_of(params), "bytes_limit": limit}
+    run.results.data.update(weights)
+    figures = [*step_figures(plan, params, limit), *prefill_figures(plan, params)]
+    measure(run, plan, [figure for figure in figures if figure.section in options.sections])
+    return run.finish()
+
+
+# -------------------- The report
+
+
+def by_shape(rows):
+    """A line for each batch and context, with the row of each form by its name."""
+    lines = {}
+    for row in rows:
+        shape = {name: row[name] for name in ("batch", "context", "cache_bytes", "commit")}
+        lines.setdefault(row["case"].split(" ", 1)[1], shape)[row["form"]] = row
+    return list(lines.values())
+
+
+def time_of(form):
+    """The time of a form, or why there is none."""
+
+    def text(line):
+        row = line.get(form, {})
+        return f"{row['ms']:.2f}" if "ms" in row else row.get("why", "")
+
+    return text
+
+
+def quotient(top, bottom):
+    """One form's time over another's."""
+
+    def value(line):
+        found = [line.get(form, {}).get("ms") for form in (top, bottom)]
+        return found[0] / found[1] if all(found) else None
+
+    return value
+
+
+def attention_share(form):
+    def share(line):
+        left = quotient("without", form)(line)
+        return None if left is None else 1 - left
+
+    return share
+
+
+def peak(line):
+    peaks = [row.get("peak_bytes") for row in line.values() if isinstance(row, dict)]
+    return max(filter(None, peaks), default=0) / 1e9 or None
+
+
+STEP = """
+`python benchmarks/bench_model.py`: examples/deepseek with random weights of DeepSeek-V2-Lite's
+dimensions ({gigabytes:.1f} GB in bfloat16). A greedy step of the whole model, beside the same model
+with attention in plain JAX. Share: how much of the step goes when attention is left out. GB: the
+cache, and the most that was in use up to then."""
+
+PREFILL = """
+The same model reads a prompt of random tokens, alone, in chunks: each is a step with that many
+queries, through the same op."""
+
+
+def report_on(page, results):
+    """The part of docs/performance.md on a whole model."""
+    if not results:
+        return
+    page.section(
+        "In a whole model",
+        STEP.format(gigabytes=results["weights_bytes"] / 1e9),
+        by_shape(report.of(results["rows"], OP_NAME, "step")),
+        [
+            ("batch x context", lambda line: f"{line['batch']} x {line['context']}", ""),
+            ("cache GB", lambda line: line["cache_bytes"] / 1e9, ".1f"),
+            ("ms a step", time_of("cuda"), ""),
+            ("tokens/s", lambda line: line.get("cuda", {}).get("tokens_per_s"), ".0f"),
+            ("share of attention", attention_share("cuda"), ".0%"),
+            ("plain JAX: ms a step", time_of("xla"), ""),
+            ("share", attention_share("xla"), ".0%"),
+            ("times", quotient("xla", "cuda"), ".1f"), ("peak GB", peak, ".1f"),
+        ],
+        level=2,
+    )  # fmt: skip
+    page.section(
+        "Reading a prompt",
+        PREFILL,
+        report.of(results["rows"], OP_NAME, "prefill"),
+        [
+            ("prompt", "prompt", ""), ("tokens a chunk", "chunk", ""),
+            ("ms", lambda row: f"{row['ms']:.1f}" if "ms" in row else row["why"], ""),
+            ("tokens/s", "tokens_per_s", ".0f"),
+            ("temporary GB", lambda row: row.get("temporary_bytes", 0) / 1e9 or None, ".2f"),
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What every benchmark shares. Nothing here knows an op: bench_<op>.py says what it needs."""

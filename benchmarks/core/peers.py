@@ -1,0 +1,91 @@
+"""How a peer is found, and how its calls become a round: one CUDA graph of PyTorch, or a jit."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+
+import jax
+
+from core.op import Peer
+from core.rounds import DonatedRound, poison
+from core.timing import Round
+
+
+def find_library(name, variable):
+    """The path of a shared object of vllm: $`variable`, or an installed vllm's; None without."""
+    path = os.environ.get(variable)
+    if path is None:
+        vllm = importlib.util.find_spec("vllm")
+        if vllm is None or not vllm.submodule_search_locations:
+            return None
+        path = pathlib.Path(vllm.submodule_search_locations[0]) / name
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is not at {path}")
+    return path
+
+
+def version_of(path, given=None):
+    """Such as "vllm 0.26.0": as given, or as the wheel's metadata beside its folder says."""
+    folders = [folder.name for folder in path.parent.parent.glob("vllm-*.dist-info")]
+    found = given or (folders[0].removesuffix(".dist-info").split("-")[1] if folders else None)
+    return f"vllm {found or 'of unknown version'}"
+
+
+def graph_round(prepare, arrays, inputs):
+    """(a Round of one call for each of `inputs`, the results of each call, as JAX arrays).
+
+    Args:
+      prepare: (arrays, first input) -> (call, what must live as long as the round). It makes plans
+        and casts, and warms up. call(one input) is what is captured; it returns a tuple of tensors.
+      arrays, inputs: JAX arrays in a pytree, and one such pytree for each call. PyTorch reads them
+        in place.
+    """
+    import torch
+
+    jax.block_until_ready((arrays, inputs))
+    arrays, inputs = jax.tree.map(torch.from_dlpack, (arrays, inputs))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call, kept = prepare(arrays, inputs[0])
+        call(inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        results = [call(one) for one in inputs]
+    for result in results:
+        result[0].fill_(float("nan"))
+    torch.cuda.synchronize()
+    graph.replay()
+    torch.cuda.synchronize()
+
+    def to_jax(out, *others):
+        """The first result in place, as it is large; the others may have strides of their own."""
+        copies = [x.clone(memory_format=torch.contiguous_format) for x in others]
+        return tuple(jax.dlpack.from_dlpack(x) for x in (out.contiguous(), *copies))
+
+    kept = arrays, inputs, results, kept
+    round_ = Round(len(inputs), graph.replay, torch.cuda.synchronize, kept)
+    return round_, [to_jax(*result) for result in results]
+
+
+class JaxPeer(Peer):
+    """A peer that is a function of JAX: call(way, pool, shared, own) -> a tuple of results."""
+
+    def __init__(self, name, call, ways):
+        self.name, self._call, self._ways = name, call, ways
+
+    def ways(self, case):
+        return self._ways
+
+    def prepare(self, case, way, pool, shared, owns):
+        def run(results, pool, shared, owns):
+            return [self._call(way, pool, shared, own) for own in owns]
+
+        one = jax.eval_shape(functools.partial(self._call, way), pool, shared, owns[0])
+        buffers = [tuple(poison(x) for x in one) for _ in owns]
+        function = jax.jit(run, donate_argnums=0, keep_unused=True)
+        round_ = DonatedRound(function, buffers, (pool, shared, owns), len(owns))
+        round_.round.enqueue()  # compiles
+        return round_.round, round_.results
