@@ -1,5 +1,6 @@
 """The clients of the benchmarks' core: their cases, programs and results; they run on the CPU."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ import bench_model
 import report as pages
 from bench_dense_decode import OP, DenseDecode
 from core import cards, launches, report
+from core.bench import Machine
 from core.results import read
 from core.rounds import DonatedRound, Inputs, OpRound, Programs
 from core.run import Run
@@ -379,6 +382,21 @@ def test_expanded_attention_is_causal_at_the_end_of_the_context(way, context):
     assert off_by_one[0].shape == found[0].shape
 
 
+@pytest.mark.usefixtures("compiled_kernels")
+def test_a_round_of_chunks_is_launched_in_graphs(h200):
+    """So that the host keeps up; nothing is copied."""
+    case, calls = chunks.OP.cases[0], 4
+    up = jax.ShapeDtypeStruct((16, 128, 512), jnp.bfloat16)
+    pool = {"cache": pool_struct(), "key_up": up, "value_up": up}
+    programs = Programs(chunks.OP, case, pool, calls, sharding=h200)
+    compiled, counts = launches.compile_and_count(programs.lower_round("cuda", "given"), 1, {})
+    text = compiled.as_text()
+    assert re.findall(r'"(jax_flashmla_\w+)"', text) == [DECODE] * calls
+    assert not copies_in(text, (1000, 64, 1, 576))
+    assert 1 <= counts[0] <= 2
+    assert counts[1] < 10
+
+
 def test_the_reference_of_a_chunk_is_attention():
     """Beside softmax(q k^T) v in float64, one head and query at a time."""
     case = dataclasses.replace(chunks.OP.smoke[0], context=128, chunk=64)
@@ -510,3 +528,108 @@ def test_unknown_sections_are_refused(capsys):
 def test_plain_jax_is_timed_at_every_batch():
     forms = {form.name: form.batches for form in bench_model.full_plan().forms}
     assert forms["xla"] == forms["cuda"] == (1, 32, 128)
+
+
+# -------------------- FlashMLA, by a PyTorch that is made up
+
+
+class Tensor(np.ndarray):
+    def fill_(self, value):
+        self[...] = value
+
+    def contiguous(self):
+        return self
+
+    def clone(self, memory_format):
+        return self.copy()
+
+
+class FakeCuda:
+    """Streams do nothing; a graph runs its calls again."""
+
+    contiguous_format = "contiguous"
+
+    def __init__(self, op):
+        self.op, self.captured, self.calls = op, None, []
+        self.cuda = self
+        self.ops = types.SimpleNamespace(
+            load_library=lambda path: None,
+            _flashmla_C=types.SimpleNamespace(dense_decode_fwd=self.call),
+        )
+
+    def from_dlpack(self, array):
+        return np.asarray(array).view(Tensor)
+
+    def call(self, *args):
+        out, lse = (np.array(x).view(Tensor) for x in self.op(*args))
+        self.calls.append(args)
+        if self.captured is not None:
+            self.captured.append((args, out, lse))
+        schedule, splits = args[-3:-1]
+        return out, lse, "schedule" if schedule is None else schedule, splits or "splits"
+
+    def replay(self):
+        for args, out, lse in self.captured:
+            out[...], lse[...] = self.op(*args)
+
+    def CUDAGraph(self):
+        return self
+
+    def Stream(self):
+        return "side"
+
+    def synchronize(self):
+        pass
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # JAX may compile meanwhile
+        self.captured, self.calls = [], []
+        yield
+
+
+def test_flashmla_is_replayed_from_a_graph(monkeypatch, tmp_path):
+    """Its schedule is made beforehand; every call of a round has inputs of its own."""
+    case, calls = OP.smoke[1], 3
+    pool = OP.pool([case], lambda _: calls)
+    inputs = make_inputs(case, Programs(OP, case, pool, calls), pool, calls)
+    pool = pool.astype(jnp.float32)  # NumPy hands over no bfloat16
+    owns = [(table, q.astype(jnp.float32)) for table, q in inputs.owns]
+
+    def op(q, pool, d_v, lengths, table, scale, causal, schedule, splits, _):
+        assert (d_v, scale, causal) == (512, 576**-0.5, True)
+        return dense.call(case, "xla", *map(jnp.asarray, (pool, lengths)), None,
+                          (jnp.asarray(table), jnp.asarray(q)))  # fmt: skip
+
+    torch = FakeCuda(op)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm-0.33.0.dist-info").mkdir()
+    peer = dense.FlashMLA(tmp_path / "vllm" / "_flashmla_C.abi3.so")
+    assert peer.name == "FlashMLA (vllm 0.33.0)"
+    assert peer.ways(dataclasses.replace(case, page_block_size=16)) is None
+    assert peer.ways(case) == [""]
+    round_, results = peer.prepare(case, "", pool, inputs.shared, owns)
+    assert round_.calls == len(torch.calls) == calls
+    assert all(args[-3:-1] == ("schedule", "splits") for args in torch.calls)
+    for own, result in zip(owns, results, strict=True):  # as of a replay, not of the capture
+        errors = dense.check_results(case, pool, inputs.shared, own, [result])
+        assert errors["rel_err"][0] < 1e-5
+        assert errors["lse_err"][0] < 1e-5
+    torch.captured[0][1][...] = np.nan
+    round_.enqueue()
+    assert not np.isnan(torch.captured[0][1]).any()
+
+
+def test_a_peer_that_does_not_load_is_left_out(monkeypatch, capsys):
+    monkeypatch.setenv("FLASHMLA_SO", "nowhere.so")
+    options = dense.bench.parse_arguments("Dense.", ["--smoke"], ["table"])
+    assert Machine(OP, options).peers == []
+    assert capsys.readouterr().out == ""  # nothing is looked for
+    options.smoke = False
+    assert dense.bench.opened(options)(dense.find_flashmla) is None
+    assert "no peer, timing without it: FileNotFoundError" in capsys.readouterr().out

@@ -64,16 +64,18 @@ def toy_check(case, pool, scale, own, found):
 
 
 def toy_peer(options):
-    """Called in two ways; a third fails."""
+    """Called in two ways; a third fails, and the results of a fourth are wrong."""
 
     def call(way, pool, scale, own):
         if way == "broken":
             raise NotImplementedError("not for these rows")
+        if way == "wrong":
+            return own[1], jnp.int32(len(own[0]))
         turns = 20_000 if way == "slow" else 1
         mean = jax.lax.fori_loop(0, turns, lambda _, x: x * 1.0 + pool[own[0]].mean(0) - x, own[1])
         return scale * mean + own[1], jnp.int32(len(own[0]))
 
-    return peers.JaxPeer("Toy library", call, ["slow", "fast", "broken"])
+    return peers.JaxPeer("Toy library", call, ["slow", "fast", "broken", "wrong"])
 
 
 TOY = Op(
@@ -121,11 +123,11 @@ def test_an_op_that_is_new_is_timed_and_checked(toy_results):
 
 
 def test_the_fastest_way_of_a_peer_counts(toy_results):
-    """The row names the way; one that fails is left out."""
+    """The row names the way; one that fails is left out, and one whose results are wrong."""
     for row in json.loads(toy_results.read_text())["rows"]:
         assert row["peer"] == "Toy library, fast"
         assert row["peer_us"] == row["peer_fast_us"] < row["peer_slow_us"]
-        assert "peer_broken_us" not in row
+        assert not {"peer_broken_us", "peer_wrong_us"} & row.keys()
         assert row["ratio"] == pytest.approx(row["peer_us"] / row["us"], rel=2e-3, abs=2e-2)
 
 

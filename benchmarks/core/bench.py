@@ -174,7 +174,8 @@ class Bench:
         found = self.check(case, inputs, results + missing * results[:1])  # it takes that many
         errors = {name: dict(zip(timed, found[name], strict=False)) for name in found}
         row = self.row(case, times, errors)
-        row |= peer_columns(row["us"], timed, times, errors["rel_err"])
+        right = [n for n, e in errors["rel_err"].items() if e <= self.op.limits["rel_err"]]
+        row |= peer_columns(row["us"], timed, times, errors["rel_err"], right)
         if self.has_baseline(case):
             baseline = self.op_round(case, inputs, "xla").round
             row["jax_us"] = round(self.times({"xla": baseline}, repeats=3)["xla"].us, 1)
@@ -226,9 +227,9 @@ class Bench:
         return max((value for value in found if value is not None), default=None)
 
 
-def peer_columns(us, timed, times, errors):
-    """The fastest way of any peer; the time of each way where there are more."""
-    theirs = [name for name, each in timed.items() if each.way is not None]
+def peer_columns(us, timed, times, errors, right):
+    """The fastest way of any peer that is right, and the time of each where there are more."""
+    theirs = [name for name, each in timed.items() if each.way is not None and name in right]
     if not theirs:
         return {"peer": None, "peer_us": None, "ratio": None}
     best = min(theirs, key=lambda name: times[name].us)
@@ -308,6 +309,7 @@ def table(run, machine, op):
             largest = max(jax.tree.leaves(bench.pool), key=lambda x: x.nbytes)
             run.results.data["ceilings"] = ceilings.measure(largest) | run.results.stamp
         measure_all(run, bench, "table")
+        del bench  # and its pool, before there is another
     rows = [row for row in run.results.rows if (row["op"], row["section"]) == (op.name, "table")]
     print(report.summary(rows), flush=True)
 
@@ -319,6 +321,7 @@ def profile(run, machine, op):
         bench = Bench(op, group, run, machine)
         bench.compile()
         found += [run.guarded(case.name, bench.profile, case) for case in group]
+        del bench
     known = [value for value in found if value is not None]
     worst = max(known, default=math.nan)
     print(f"largest overlap of two of our calls, {len(known)} cases: {worst:.2f} us")

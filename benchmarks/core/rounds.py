@@ -61,7 +61,7 @@ class Programs:
             return jax.tree.map(lambda x: struct(x.shape, x.dtype), tree)
 
         self.op, self.case, self.calls, self.loops = op, case.shape_key, calls, loops
-        shared, lists = op.lists(self.case, pool, 1)
+        shared, lists = op.lists(case, pool, 1)
         drawn = jax.eval_shape(functools.partial(op.draw, self.case), jax.random.key(0))
         self.pool, self.shared, self.own = map(abstract, (pool, shared, (lists[0], drawn)))
         call = functools.partial(op.call, self.case, "xla")
