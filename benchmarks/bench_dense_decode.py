@@ -219,7 +219,7 @@ OP = Op(
 
 
 ABOUT = """
-`flash_mla_with_kvcache`, d_k 576, d_v 512, one KV head; `s_q` 2 is causal. "+ metadata" is a call
+`flash_mla_with_kvcache`, d_k 576, d_v 512, one KV head; `s_q` 2 is causal. "+ schedule" is a call
 that makes its own schedule. The peer is {peer}. Floor: 2·h_q·s_q·Σlen·(d_k+d_v) FLOP; the bytes of
 cache, queries and outputs."""
 

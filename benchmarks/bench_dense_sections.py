@@ -434,7 +434,7 @@ def report_growth(page, rows, plot):
         sorted(rows, key=lambda r: (r["h_q"], r["varlen"], r["batch"], r["mean_len"])),
         [
             ("case", long_name, ""), ("us", "us", ".1f"), ("share", "of_floor", ".0%"),
-            ("+ metadata", "us_with_metadata", ".1f"), ("peer us", "peer_us", ".1f"),
+            ("+ schedule", "us_with_schedule", ".1f"), ("peer us", "peer_us", ".1f"),
             ("ratio", "ratio", ".2f"),
         ],
     )  # fmt: skip

@@ -118,7 +118,7 @@ def test_an_op_that_is_new_is_timed_and_checked(toy_results):
         assert row["floor_us"] == round(case.floor_us(), 2)
         assert row["rel_err"] < 1e-5
         assert row["count_err"] == row["peer_rel_err"] * 0
-        assert {"us", "us_with_metadata", "spread", "host_us", "jax_us", "sustained_us"} <= set(row)
+        assert {"us", "us_with_schedule", "spread", "host_us", "jax_us", "sustained_us"} <= set(row)
     assert data["errors"] == []
 
 

@@ -83,7 +83,7 @@ def test_the_readme_quotes_what_a_schedule_costs():
         text_of("README.md"),
     )
     medians = [
-        statistics.median(row["us_with_metadata"] - row["us"] for row in rows_of(name))
+        statistics.median(row["us_with_schedule"] - row["us"] for row in rows_of(name))
         for name in ("h200", "h100")
     ]
     assert found.groups() == tuple(f"{median:.1f}" for median in medians)

@@ -186,7 +186,7 @@ class Bench:
         floor, ours = case.floor_us(self.machine.card), times["given"]
         row = case.row() | {"us": round(ours.us, 2)}
         if "made" in times:
-            row["us_with_metadata"] = round(times["made"].us, 2)
+            row["us_with_schedule"] = round(times["made"].us, 2)
         row |= {"floor_us": round(floor, 2), "of_floor": round(floor / ours.us, 4)}
         for name, values in errors.items():
             row[name] = float(f"{np.max([values[kind] for kind in self.kinds]):.3g}")
@@ -220,7 +220,7 @@ class Bench:
             if ours:
                 memory = self.compiler[case.shape_key, name].memory_analysis()
                 scratch = memory.temp_size_in_bytes / 1e6
-                title = f"ours, metadata {name}, {scratch:.1f} MB of scratch in all"
+                title = f"ours, schedule {name}, {scratch:.1f} MB of scratch in all"
             lines, overlap = profiling.summarize(profiling.record(timed.round), timed.round.calls)
             print(f"{case.name}, {title}", *lines, sep="\n", flush=True)
             found.append(overlap if ours else None)
@@ -229,7 +229,10 @@ class Bench:
 
 def peer_columns(us, timed, times, errors, right):
     """The fastest way of any peer that is right, and the time of each where there are more."""
-    theirs = [name for name, each in timed.items() if each.way is not None and name in right]
+    theirs = [name for name, each in timed.items() if each.way is not None]
+    for name in set(theirs) - set(right):
+        print(f"{name} is wrong, rel_err {errors[name]}, and does not count", flush=True)
+    theirs = [name for name in theirs if name in right]
     if not theirs:
         return {"peer": None, "peer_us": None, "ratio": None}
     best = min(theirs, key=lambda name: times[name].us)
@@ -242,14 +245,14 @@ def peer_columns(us, timed, times, errors, right):
 
 
 HEADER = (
-    f"{'case':24s} {'us':>8s} {'+meta':>8s} {'floor':>8s} {'share':>6s} {'peer us':>8s} "
+    f"{'case':24s} {'us':>8s} {'+sched':>8s} {'floor':>8s} {'share':>6s} {'peer us':>8s} "
     f"{'ratio':>6s} {'rel_err':>8s} {'spread':>6s} {'MHz':>5s}"
 )
 
 
 def print_row(name, row, wrong):
     made, peer_us, ratio = (
-        row.get(key) or math.nan for key in ("us_with_metadata", "peer_us", "ratio")
+        row.get(key) or math.nan for key in ("us_with_schedule", "peer_us", "ratio")
     )
     late = "  (the host may be too slow)" if row["host_bound"] else ""
     print(
@@ -284,7 +287,7 @@ def groups(op, cases):
 
 
 def select_cases(op, options):
-    brief = options.quick or (options.profile and not options.cases)
+    brief = op.quick and (options.quick or (options.profile and not options.cases))
     cases = op.smoke if options.smoke else op.quick if brief else op.cases
     changes = dict(change.split("=") for change in options.set.split(",") if change)
     changes = {key: type(getattr(cases[0], key))(value) for key, value in changes.items()}
@@ -364,6 +367,6 @@ def main(op, doc, argv=None, sections=None, suffix=""):
         return profile(run, machine, op)
     for name in options.sections:
         if not run.out_of_time(name):
-            sections[name](run, machine, op)
+            run.guarded(name, sections[name], run, machine, op)
             print(f"{name}: after {run.elapsed():.0f} s", flush=True)
     return run.finish()

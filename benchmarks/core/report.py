@@ -93,7 +93,7 @@ def op_tables(page, op, rows, text=""):
         ways = dict.fromkeys(re.findall(r"peer_(?!sustained)(\w+)_us", " ".join(map(str, group))))
         page.section(heading, text, group, [
             (op.labels, op.label, ""), ("us", "us", ".1f"), ("share", "of_floor", ".0%"),
-            ("floor", "floor_us", ".1f"), ("+ metadata", "us_with_metadata", ".1f"),
+            ("floor", "floor_us", ".1f"), ("+ schedule", "us_with_schedule", ".1f"),
             ("peer us", "peer_us", ".1f"),
             *((f"{way} us", f"peer_{way}_us", ".1f") for way in ways),
             ("ratio", "ratio", ".2f"), ("rel. error", "rel_err", ".1e"),
