@@ -7,7 +7,7 @@
 step: the decoder's own loop on the device, greedy, a token of each sequence a step. The cache is
 full of random numbers and the lengths are set: the time does not depend on how they came there.
 Every sequence has pages of its own, in random order. A step is timed with our kernels ("cuda"),
-with attention in plain JAX ("xla"), and without attention ("without": its result is the first
+with the reference ("xla"), and without attention ("without": its result is the first
 columns of the query). What attention costs is the difference. Lengths are traced, and the block
 table is that of the longest context that fits: so each form of a batch size is one program.
 prefill: a prompt is read in chunks of several sizes, by the program that Decoder.prefill runs.
@@ -378,8 +378,8 @@ def peak(line):
 STEP = """
 `python benchmarks/bench_model.py`: examples/deepseek with random weights of DeepSeek-V2-Lite's
 dimensions ({gigabytes:.1f} GB in bfloat16). A greedy step of the whole model, beside the same model
-with attention in plain JAX. Share: how much of the step goes when attention is left out. GB: the
-cache, and the most that was in use up to then."""
+with attention by the reference. Share: how much of the step goes when attention is left out. GB:
+the cache, and the most that was in use up to then."""
 
 PREFILL = """
 The same model reads a prompt of random tokens, alone, in chunks: each is a step with that many
@@ -400,7 +400,7 @@ def report_on(page, results):
             ("ms a step", time_of("cuda"), ""),
             ("tokens/s", lambda line: line.get("cuda", {}).get("tokens_per_s"), ".0f"),
             ("share of attention", attention_share("cuda"), ".0%"),
-            ("plain JAX: ms a step", time_of("xla"), ""),
+            ("reference: ms a step", time_of("xla"), ""),
             ("share", attention_share("xla"), ".0%"),
             ("times", quotient("xla", "cuda"), ".1f"), ("peak GB", peak, ".1f"),
         ],

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from core import bench, cards, check, inputs, peers, power, profiling, report, rounds, timing
 from core.op import Case, Op
@@ -199,7 +199,7 @@ def test_an_op_that_is_new_is_reported(toy_results):
     us, peer = f"{rows[0]['us']:.1f}", f"{rows[0]['peer_us']:.1f}"
     assert f"| 4x8 | {us} | " in text
     assert f"| {peer} | {rows[0]['peer_slow_us']:.1f} | {peer} |" in text
-    for title in ("rows of 16", "Under sustained load", "Beside plain JAX"):
+    for title in ("rows of 16", "Under sustained load", "Beside the reference"):
         assert f"\n### {title}\n" in text
     assert "Measured at commit" not in text
     page = report.Page("CPU", "A page.", "another")

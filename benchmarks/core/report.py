@@ -114,11 +114,11 @@ def op_tables(page, op, rows, text=""):
         ],
     )  # fmt: skip
     page.section(
-        "Beside plain JAX",
-        'The same op with `implementation="xla"`.',
+        "Beside the reference",
+        'The same op with `implementation="xla"`, in JAX ops.',
         [row for row in rows if row.get("jax_us")],
         [
-            ("case", long_name, ""), ("us", "us", ".1f"), ("plain JAX us", "jax_us", ".0f"),
+            ("case", long_name, ""), ("us", "us", ".1f"), ("reference us", "jax_us", ".0f"),
             ("times", lambda row: row["jax_us"] / row["us"], ".1f"),
         ],
     )  # fmt: skip
