@@ -78,6 +78,13 @@ def toy_peer(options):
     return peers.JaxPeer("Toy library", call, ["slow", "fast", "broken", "wrong"])
 
 
+def toy_other(options):
+    """No peer: another call, which is faster and gives something else."""
+    return peers.JaxPeer(
+        "Another op", lambda way, pool, scale, own: (own[1], jnp.int32(0)), column="other_us"
+    )
+
+
 TOY = Op(
     "toy",
     cases=[Rows(4), Rows(6), Rows(4, 16)],
@@ -88,7 +95,7 @@ TOY = Op(
     prepare=lambda case, implementation, scale: 2 * scale,
     call=toy_call,
     check=toy_check,
-    peers=[toy_peer],
+    peers=[toy_peer, toy_other],
     limits={"rel_err": 1e-5, "count_err": 0.0},
     pool_key=lambda case: case.width,
     baseline=[Rows(4)],
@@ -128,6 +135,7 @@ def test_the_fastest_way_of_a_peer_counts(toy_results):
         assert row["peer"] == "Toy library, fast"
         assert row["peer_us"] == row["peer_fast_us"] < row["peer_slow_us"]
         assert not {"peer_broken_us", "peer_wrong_us"} & row.keys()
+        assert 0 < row["other_us"] < row["peer_slow_us"]
         assert row["ratio"] == pytest.approx(row["peer_us"] / row["us"], rel=2e-3, abs=2e-2)
 
 

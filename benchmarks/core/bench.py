@@ -24,6 +24,7 @@ class Timed(typing.NamedTuple):
     round: Round
     results: list
     way: str | None = None  # None: ours
+    column: str | None = None  # where the time goes, if it does not count as a peer
 
 
 class Machine:
@@ -158,7 +159,7 @@ class Bench:
             name = f"{peer.name}, {way}" if way else peer.name
             try:
                 round_, results = peer.prepare(case, way, inputs.pool, inputs.shared, inputs.owns)
-                found[name] = Timed(round_, results, way)
+                found[name] = Timed(round_, results, way, peer.column)
             except Exception as error:
                 print(f"{case.name}: no {name}: {type(error).__name__}: {error}", flush=True)
         return found
@@ -228,20 +229,22 @@ class Bench:
 
 
 def peer_columns(us, timed, times, errors, right):
-    """The fastest way of any peer that is right, and the time of each where there are more."""
-    theirs = [name for name, each in timed.items() if each.way is not None]
+    """The fastest way of any peer that is right, each of several, and what has its own column."""
+    others = {name: each for name, each in timed.items() if each.way is not None}
+    beside = {x.column: round(times[name].us, 2) for name, x in others.items() if x.column}
+    theirs = [name for name, each in others.items() if not each.column]
     for name in set(theirs) - set(right):
         print(f"{name} is wrong, rel_err {errors[name]}, and does not count", flush=True)
     theirs = [name for name in theirs if name in right]
     if not theirs:
-        return {"peer": None, "peer_us": None, "ratio": None}
+        return {"peer": None, "peer_us": None, "ratio": None} | beside
     best = min(theirs, key=lambda name: times[name].us)
     peer_us = times[best].us
     columns = {"peer": best, "peer_us": round(peer_us, 2), "ratio": round(peer_us / us, 4)}
     columns["peer_rel_err"] = float(f"{errors[best]:.3g}")
     if len(theirs) > 1:
         columns |= {f"peer_{timed[n].way}_us": round(times[n].us, 2) for n in theirs}
-    return columns
+    return columns | beside
 
 
 HEADER = (

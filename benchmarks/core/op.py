@@ -117,9 +117,14 @@ class Op:
 
 
 class Peer:
-    """Another library's kernel. `name` is what rows call it."""
+    """Another library's kernel. `name` is what rows call it.
+
+    With a `column` it is no peer but a call to compare with, such as another op of ours over as
+    many tokens: its time goes into that column, and its results are not checked.
+    """
 
     name: str
+    column: str | None = None
 
     def ways(self, case) -> Sequence[str]:
         """The ways to call it that a user could choose; the fastest counts.

@@ -73,8 +73,8 @@ def graph_round(prepare, arrays, inputs):
 class JaxPeer(Peer):
     """A peer that is a function of JAX: call(way, pool, shared, own) -> a tuple of results."""
 
-    def __init__(self, name, call, ways):
-        self.name, self._call, self._ways = name, call, ways
+    def __init__(self, name, call, ways=("",), column=None):
+        self.name, self.column, self._call, self._ways = name, column, call, ways
 
     def ways(self, case):
         return self._ways
