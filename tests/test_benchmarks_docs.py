@@ -70,8 +70,6 @@ def test_the_readme_describes_its_picture():
         r"over (\d+) cases FlashMLA takes (\S+) to (\S+) times as long, geometric mean (\S+?)\]",
         text_of("README.md"),
     )
-    if found is None:
-        pytest.skip("the picture's text has no figures")
     ratios = [row["ratio"] for row in rows_of("h200")]
     figures = [f"{f(ratios):.2f}" for f in (min, max, report.mean)]
     assert found.groups() == (str(len(ratios)), *figures)
@@ -79,7 +77,7 @@ def test_the_readme_describes_its_picture():
 
 def test_the_readme_quotes_what_a_schedule_costs():
     found = re.search(
-        r"its own (?:schedule|metadata) takes (\S+) us longer \(median; (\S+) us on the H100\)",
+        r"its own schedule takes (\S+) us longer \(median; (\S+) us on the H100\)",
         text_of("README.md"),
     )
     medians = [
@@ -92,7 +90,7 @@ def test_the_readme_quotes_what_a_schedule_costs():
 def test_the_readme_quotes_the_model():
     quoted = re.search(
         r"(\d+) sequences of (\d+) tokens, a step of the whole model takes (\S+) ms; with "
-        r"(?:attention in plain JAX|the reference) it takes (\S+) ms",
+        r"the reference it takes (\S+) ms",
         text_of("README.md"),
     )
     batch, context, *times = quoted.groups()
