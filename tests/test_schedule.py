@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import jax_flashmla as fm
-from jax_flashmla import schedule
 
 TILE, OVERHEAD = 64, 2
 
@@ -172,9 +171,9 @@ def assert_integers(metadata, num_splits, expected):
 
 
 @pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
-def test_integers_of_fixed_splits(lengths, size, max_seqlen, implementation, monkeypatch):
+def test_integers_of_fixed_splits(lengths, size, max_seqlen, implementation, machine):
     """Nothing asks for the SM count."""
-    monkeypatch.setattr(schedule, "_local_num_sms", None)
+    machine.cannot_count_sms()
     metadata, num_splits = make_fixed(lengths, size, max_seqlen, implementation)
     assert metadata.num_parts == len(lengths) * -(-max_seqlen // size)
     assert metadata.fixed_split_size == size
@@ -287,8 +286,8 @@ def test_equal_lengths_get_equal_splits(batch, length, splits):
         (16, 1, 78, 78),
     ],
 )
-def test_number_of_parts(rows, h_kv, num_sms, parts, monkeypatch):
-    monkeypatch.setattr(schedule._ffi, "local_cuda_devices", lambda: [])
+def test_number_of_parts(rows, h_kv, num_sms, parts, machine):
+    machine.has_no_gpu()
     metadata, _ = fm.get_mla_metadata(
         jnp.ones(2, jnp.int32), rows, h_kv, num_sms=num_sms, implementation="xla"
     )

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import D_K, D_V, Case
+from dense_calls import decode, decode_structs
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowering import (
     SCHEDULE_AND_DECODE,
     cpu_mesh,
     custom_calls,
-    decode,
-    decode_structs,
     h200_mesh,
     placed,
     struct,

@@ -1,0 +1,172 @@
+"""The ops in JAX's loops."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import D_K, D_V, assert_bit_equal
+from decode_loop import (
+    COMMAND_BUFFERS,
+    LOOP_PAGE,
+    STARTS,
+    STEPS,
+    cond,
+    fori_loop,
+    loop_state,
+    loop_step,
+    loop_weights,
+    scan,
+    unrolled,
+    while_loop,
+)
+from decode_step import append
+from dense_calls import decode
+from lowering import (
+    APPEND,
+    DECODE,
+    SCHEDULE,
+    copies_in,
+    struct,
+)
+
+import jax_flashmla as fm
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    ["default", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("off", "while"))],
+)
+@pytest.mark.parametrize("loop", [fori_loop, scan, while_loop, cond], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("given", [False, True])
+def test_loops_equal_the_unrolled_one(given, loop, buffers, implementation):
+    """To the bit: any bit of any result decides on all the tokens that follow."""
+    k_cache, *weights = loop_weights()
+    step = loop_step(weights, implementation, given)
+    expected, splits = unrolled(step, loop_state(k_cache), loop)
+    assert len(set(splits)) > 1, "the splits never change"
+    assert (loop is while_loop) == (expected[0] < STEPS - 6 * (loop is cond))
+    options = COMMAND_BUFFERS[buffers] if implementation == "cuda" else {}
+    run = jax.jit(functools.partial(loop, step), donate_argnums=0)
+    run = run.lower(loop_state(k_cache)).compile(compiler_options=options)
+    for _ in range(3 if implementation == "cuda" else 1):  # a captured graph is replayed
+        assert_bit_equal(run(loop_state(k_cache)), expected)
+
+
+def test_loop_with_matmuls_of_xla(implementation):
+    """Within 1%, for XLA may sum in another order in a loop: queries and entries are bfloat16."""
+    k_cache, table, _, _ = loop_weights()
+    keys = jax.random.split(jax.random.key(0), 4)
+    b, width = len(STARTS), 64
+    up = jax.random.normal(keys[0], (width, 16 * D_K)) / width**0.5
+    entry = jax.random.normal(keys[1], (width, D_K)) / width**0.5
+    down = jax.random.normal(keys[2], (16 * D_V, width)) / (16 * D_V) ** 0.5
+    x = jax.random.normal(keys[3], (b, width))
+
+    def step(state, _):
+        k_cache, lengths, x = state
+        lengths = lengths + 1
+        slots = fm.get_slot_mapping(table, lengths[:, None] - 1, LOOP_PAGE)[:, 0]
+        new_kv = (x @ entry).astype(jnp.bfloat16)
+        k_cache = append(k_cache, new_kv, slots, implementation=implementation)
+        q = (x @ up).astype(jnp.bfloat16).reshape(b, 1, 16, D_K)
+        out, _ = decode(q, k_cache, table, lengths, implementation=implementation)
+        x = x + 10 * out.reshape(b, -1).astype(jnp.float32) @ down
+        x = x / jnp.linalg.norm(x, axis=-1, keepdims=True) * width**0.5
+        return (k_cache, lengths, x), x
+
+    state = k_cache, jnp.asarray(STARTS), x
+    with jax.default_matmul_precision("highest"):
+        _, actual = jax.jit(lambda s: jax.lax.scan(step, s, length=8))(state)
+        once, expected = jax.jit(step), []
+        for _ in range(8):
+            state, x = once(state, None)
+            expected.append(x)
+    expected = np.stack(expected)
+    assert np.linalg.norm(expected[-1] - expected[0]) > 0.3 * np.linalg.norm(expected[0])
+    error = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() < 0.01
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("buffers", COMMAND_BUFFERS)
+def test_command_buffer_options_for_an_h200(buffers, h200):
+    weights = loop_weights()
+    step = loop_step(weights[1:], "cuda")
+    structs = jax.tree.map(
+        lambda x: struct(x.shape, x.dtype, sharding=h200), loop_state(weights[0])
+    )
+    lowered = jax.jit(functools.partial(while_loop, step)).lower(structs)
+    hlo = lowered.compile(compiler_options=COMMAND_BUFFERS[buffers]).as_text()
+    for target in (APPEND, DECODE, SCHEDULE):
+        assert hlo.count(f'custom_call_target="{target}"') == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not a valid enum value"):
+        lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": "NONSENSE"})
+
+
+LAYERS, BATCH, PAGE = 3, 4, 64
+
+
+def decode_loop(implementation, loop):
+    """Appends a token a step and layer and attends to the cache, which holds all layers."""
+
+    def step(carry):
+        k_cache, q, lengths, table = carry
+        pages = k_cache.shape[0] // LAYERS
+        lengths = lengths + 1
+        slots = fm.get_slot_mapping(table, lengths[:, None] - 1, PAGE)[:, 0]
+        schedule = fm.get_mla_metadata(lengths, q.shape[2], 1, implementation=implementation)
+
+        def layer(carry, i):
+            k_cache, q = carry
+            first = i * pages
+            k_cache = fm.append_kv_cache(
+                k_cache, q[:, 0, :1], slots + first * PAGE, implementation=implementation
+            )
+            arrays = (q, k_cache, table + first, lengths)
+            out, _ = decode(*arrays, schedule=schedule, implementation=implementation)
+            return (k_cache, q.at[..., :D_V].add(out)), None
+
+        layers = jnp.arange(LAYERS, dtype=jnp.int32)
+        (k_cache, q), _ = jax.lax.scan(layer, (k_cache, q), layers)
+        return k_cache, q, lengths, table
+
+    def run(k_cache, q, lengths, table):
+        carry = (k_cache, q, lengths, table)
+        if loop == "fori_loop":
+            return jax.lax.fori_loop(0, 100, lambda _, c: step(c), carry)[:2]
+        if loop == "scan":
+            return jax.lax.scan(lambda c, _: (step(c), None), carry, length=100)[0][:2]
+        return jax.lax.while_loop(lambda c: jnp.any(c[2] < 500), step, carry)[:2]
+
+    return jax.jit(run, donate_argnums=0)
+
+
+def compile_loop(implementation, loop, pages, sharding):
+    structs = (
+        struct((LAYERS * pages, PAGE, 1, D_K), sharding=sharding),
+        struct((BATCH, 1, 16, D_K), sharding=sharding),
+        struct((BATCH,), jnp.int32, sharding=sharding),
+        struct((BATCH, 32), jnp.int32, sharding=sharding),
+    )
+    return decode_loop(implementation, loop).lower(*structs).compile()
+
+
+@pytest.mark.parametrize("loop", ["fori_loop", "scan", "while_loop"])
+@pytest.mark.parametrize("implementation", ["cuda", "xla"])
+def test_cache_stays_in_place(loop, implementation, h200, request):
+    if implementation == "cuda":
+        request.getfixturevalue("compiled_kernels")
+    sizes, temporary = (1000, 50000), []
+    for pages in sizes:
+        compiled = compile_loop(implementation, loop, pages, h200)
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        shape = (LAYERS * pages, PAGE, 1, D_K)
+        assert memory.alias_size_in_bytes >= np.prod(shape) * 2
+        assert not copies_in(text, shape)
+        temporary.append(memory.temp_size_in_bytes)
+        if implementation == "cuda":
+            assert {DECODE, SCHEDULE, APPEND} <= set(re.findall(r"jax_flashmla_\w+", text))
+    assert temporary[0] == temporary[1]
