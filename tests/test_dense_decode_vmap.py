@@ -1,7 +1,6 @@
 """flash_mla_with_kvcache under vmap: any mapped arguments, any origin of the schedule."""
 
 import functools
-import itertools
 import math
 import re
 
@@ -9,91 +8,31 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ops
 import pytest
-from cases import D_K, UNUSED_ENTRY, assert_bit_equal, zeros
-from dense_calls import causal_decode, causal_expected, decode, decode_structs
+from cases import D_K, assert_bit_equal, zeros
+from dense_calls import causal_decode, decode, decode_structs
 from lowering import (
     DECODE,
-    PASSED_ON,
     SCHEDULE,
     SCHEDULE_AND_DECODE,
     custom_calls,
-    operations_on,
     primitives,
     struct,
-    structs_on,
     text_for_cuda,
 )
+from op_examples import stacked
 
 import jax_flashmla as fm
 
-ARGUMENTS = ("q", "k_cache", "block_table", "cache_seqlens", "causal_offset")
-
-RANKS = (4, 4, 2, 1)  # of all but the offset
-
-PAGES, PAGE = 9, 16
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def random_argument(name, leading, rng):
-    """An argument of a call with two sequences and two queries each, [*leading, ...].
-
-    Tables name a page behind the pool, which makes a sequence NaN where its length reaches that
-    far, and must not be a page of the next example's pool.
-    """
-    if name == "q":
-        return cases.random_values(rng, (*leading, 2, 2, 4, D_K), "bfloat16")
-    if name == "k_cache":
-        return cases.random_values(rng, (*leading, PAGES, PAGE, 1, D_K), "bfloat16")
-    if name == "cache_seqlens":
-        return rng.integers(-2, 3 * PAGE, (*leading, 2), dtype=np.int32)
-    if name == "causal_offset":
-        return rng.integers(-2 * PAGE, 3, (*leading, 2), dtype=np.int32)
-    table = rng.integers(0, PAGES, (*leading, 2, 4), dtype=np.int32)
-    table[..., 2] = rng.choice([PAGES, 0, -1], table.shape[:-1])
-    table[..., 3] = UNUSED_ENTRY
-    return table
-
-
-def random_examples(sizes, *in_axes):
-    """Arguments of nested vmaps, the outermost first, and those of each example.
-
-    As many as there are axes: the offset may be left out.
-    """
-    rng = np.random.default_rng(0)
-    arrays, values = [], []
-    for name, axes in zip(ARGUMENTS, zip(*in_axes, strict=True), strict=False):
-        shape = [1 if axis is None else n for n, axis in zip(sizes, axes, strict=True)]
-        value = random_argument(name, shape, rng)
-        values.append(np.broadcast_to(value, (*sizes, *value.shape[len(sizes) :])))
-        for level in reversed(range(len(sizes))):  # the innermost axis goes into place first
-            if axes[level] is None:
-                value = np.squeeze(value, level)
-            else:
-                value = np.moveaxis(value, level, level + axes[level])
-        arrays.append(jnp.asarray(value))
-    return arrays, {index: [value[index] for value in values] for index in np.ndindex(*sizes)}
-
-
-def subsets():
-    """Every choice of mapped arguments, each with other axes and another origin of the schedule.
-
-    The offset is in turn left out, not mapped, and mapped.
-    """
-    origins = itertools.cycle(["none", "inside", "outside", "mapped"])
-    offsets = itertools.cycle([(), (None,), (0,), (), (None,), (1,)])
-    for i, mapped in enumerate(itertools.product((False, True), repeat=4)):
-        axes = [(i + j) % (rank + 1) for j, rank in enumerate(RANKS)]
-        in_axes = tuple(axis if m else None for axis, m in zip(axes, mapped, strict=True))
-        if any(mapped):
-            yield (*in_axes, *next(offsets)), (i % 5, i % 4), next(origins)
-    for origin in ("none", "inside", "outside", "mapped"):
-        yield (0, 0, 0, 0), (0, 0), origin
-        yield (0, None, None, None), (0, 0), origin
-    yield (None, None, None, None, 0), (0, 0), "none"
-
-
-def vmapped_call(in_axes, out_axes, origin, implementation):
-    """The arguments -> vmap of the op, its schedule from `origin`."""
+@pytest.mark.parametrize("origin", ["none", "inside", "outside", "mapped"])
+@pytest.mark.parametrize("in_axes", [(0, 0, 0, 0), (0, None, None, None)], ids=str)
+def test_schedules_of_any_origin(in_axes, origin, implementation):
+    """Made by the call, by the mapped function, before vmap, by a vmap before this one."""
+    arrays, examples = stacked(ops.decode_row, (3,), in_axes)
 
     def make(lengths):
         return fm.get_mla_metadata(lengths, 8, 1, num_sms=3, implementation=implementation)
@@ -111,49 +50,19 @@ def vmapped_call(in_axes, out_axes, origin, implementation):
                 schedule = make(arrays[3])
             return causal_decode(*arrays, schedule=schedule, implementation=implementation)
 
-        return jax.vmap(call, (schedule_axis, *in_axes), out_axes)(schedule, *arrays)
+        return jax.vmap(call, (schedule_axis, *in_axes))(schedule, *arrays)
 
-    return run
-
-
-@pytest.mark.parametrize(("in_axes", "out_axes", "origin"), list(subsets()), ids=str)
-def test_vmap_of_any_subset(in_axes, out_axes, origin, implementation):
-    arrays, examples = random_examples((3,), in_axes)
-    run = vmapped_call(in_axes, out_axes, origin, implementation)
     made = primitives(run, *arrays)
     assert made.count("flash_mla_with_kvcache") == 1
     assert not {"scan", "while"} & set(made)
-    results = zip(jax.jit(run)(*arrays), out_axes, strict=True)
-    out, lse = (np.moveaxis(np.asarray(x), axis, 0) for x, axis in results)
-    for i, example in examples.items():
-        cases.assert_decode_close((out[i], lse[i]), causal_expected(*example))
-
-
-@pytest.mark.parametrize(
-    ("outer", "inner"),
-    [
-        ((0, None, 0, 0), (0, None, 0, 0)),
-        ((1, 0, None, 0), (None, 0, 1, None)),
-        ((None, 0, 0, None), (2, None, None, 1)),
-        ((None, None, None, 1), (None, 1, 0, None)),
-        ((0, None, None, 0, 1), (0, None, None, 0, None)),
-        ((0, None, 0, None, None), (None, None, None, None, 0)),
-    ],
-    ids=str,
-)
-def test_nested_vmaps(outer, inner, implementation):
-    arrays, examples = random_examples((2, 3), outer, inner)
-    call = functools.partial(causal_decode, implementation=implementation)
-    run = jax.vmap(jax.vmap(call, inner), outer)
-    assert primitives(run, *arrays).count("flash_mla_with_kvcache") == 1
     out, lse = jax.jit(run)(*arrays)
-    for i, example in examples.items():
-        cases.assert_decode_close((out[i], lse[i]), causal_expected(*example))
+    for (i,), example in examples.items():
+        ops.decode_row.check((out[i], lse[i]), example)
 
 
 def test_schedules_of_vmap_serve_calls_outside_it(implementation):
     """One by one in a scan: they are what get_mla_metadata makes for each."""
-    (q, k_cache, table, lengths), examples = random_examples((3,), (0, None, 0, 0))
+    (q, k_cache, table, lengths), examples = stacked(ops.decode_row, (3,), (0, None, 0, 0))
 
     def make(lengths):
         return fm.get_mla_metadata(lengths, 8, 1, num_sms=3, implementation=implementation)
@@ -168,7 +77,7 @@ def test_schedules_of_vmap_serve_calls_outside_it(implementation):
 
     xs = (q, table, lengths, schedule)
     _, (out, lse) = jax.jit(lambda xs: jax.lax.scan(step, None, xs))(xs)
-    for i, example in examples.items():
+    for (i,), example in examples.items():
         expected = cases.expected_decode(cases.Inputs(*example))
         cases.assert_decode_close((out[i], lse[i]), expected)
 
@@ -208,7 +117,7 @@ def test_wrong_mapped_axes(in_axes, shapes, message):
 
 
 def test_schedules_that_do_not_fit_under_vmap():
-    (q, k_cache, table, lengths), _ = random_examples((3,), (0, None, 0, 0))
+    (q, k_cache, table, lengths), _ = stacked(ops.decode_row, (3,), (0, None, 0, 0))
 
     def call(schedule, axis):
         def one(q, table, lengths, schedule):
@@ -291,17 +200,3 @@ def test_vmap_keeps_the_size_of_splits():
         assert schedule.params["num_parts"] == 5 * b
         assert schedule.outvars[0].aval.shape == (5 * b + 1, 2)
         assert [e.params["fixed_split_size"] for e in (schedule, op)] == [128, 128]
-
-
-@pytest.mark.usefixtures("compiled_kernels")
-@pytest.mark.parametrize(("axis", "copied"), [(None, False), (0, False), (1, True)])
-def test_copies_of_the_cache_under_vmap(axis, copied, h200):
-    shape = [1000, 64, 1, D_K]
-    if axis is not None:
-        shape.insert(axis, 3)
-    structs = structs_on(h200, (3, 4, 1, 16, D_K), tuple(shape), (3, 4, 10), (3, 4))
-    structs[2] = struct((3, 4, 10), jnp.int32, sharding=h200)
-    run = jax.vmap(functools.partial(decode, implementation="cuda"), (0, axis, 0, 0))
-    hlo = jax.jit(run).lower(*structs).compile().as_text()
-    assert hlo.count(f'custom_call_target="{SCHEDULE_AND_DECODE}"') == 1
-    assert bool(operations_on(int(np.prod(shape)), hlo) - PASSED_ON) == copied
