@@ -65,7 +65,7 @@ class Split:
     @property
     def out_axes(self):
         """The axis along which each result is joined; the first where none of them is split."""
-        return [self.axis_of(axes) or 0 for axes in self.row.results]
+        return [self.axis_of(result.axes) or 0 for result in self.row.results]
 
     @property
     def out_specs(self):

@@ -81,13 +81,21 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Result:
+    """A result of a call: the names of its axes, and its dtype."""
+
+    axes: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class OpRow:
     """An op, or one way to call it.
 
     Attributes:
       name: in the names of tests.
       operands: what `call` takes, in order.
-      results: the names of the axes of each result.
+      results: what `call` gives, in order.
       call: (*arrays, implementation=...) -> a result or a pytree of results.
       expected: (*numpy arrays) -> the results, worked out independently.
       assert_close: (actual, expected) -> raises where they differ by too much; takes tuples.
@@ -114,7 +122,7 @@ class OpRow:
 
     name: str
     operands: tuple
-    results: tuple[str, ...]
+    results: tuple[Result, ...]
     call: Callable
     expected: Callable
     assert_close: Callable
@@ -282,7 +290,7 @@ decode_row = OpRow(
     name="decode",
     primitive="flash_mla_with_kvcache",
     operands=DECODE_OPERANDS,
-    results=("b s_q h_q d_v", "b h_q s_q"),
+    results=(Result("b s_q h_q d_v", "bfloat16"), Result("b h_q s_q", "float32")),
     call=decode,
     expected=expected_decode,
     assert_close=cases.assert_decode_close,
@@ -347,11 +355,11 @@ schedule_row = OpRow(
     name="schedule",
     primitive="get_mla_metadata",
     operands=(DECODE_OPERANDS[3],),
-    results=("bounds 2", "b", "b+1"),
+    results=(Result("bounds 2", "int32"), Result("b", "int32"), Result("b+1", "int32")),
     call=make_schedule,
     expected=expected_schedule,
     assert_close=assert_integers,
-    sizes={"b": 3, "page": 1000},
+    sizes={"b": 3, "page": 1000, "bounds": 6, "2": 2, "b+1": 4},  # of 5 parts
     targets={SCHEDULE: 1},
     targets_under_vmap={},  # a decode under vmap drops what this gives, so it is left to XLA
     attributes={SCHEDULE: ("rows = 8 : i64",)},
@@ -371,7 +379,7 @@ append_row = OpRow(
         Operand("new_kv", "tokens h_kv d_k", "bfloat16", draw_values),
         Operand("slot_mapping", "tokens", "int32", draw_slots),
     ),
-    results=("pages page h_kv d_k",),
+    results=(Result("pages page h_kv d_k", "bfloat16"),),
     call=fm.append_kv_cache,
     expected=lambda *arrays: (expected_append(*arrays),),
     assert_close=cases.assert_bit_equal,
@@ -404,7 +412,7 @@ merge_row = OpRow(
         Operand("outs", "n b s_q h_q d_v", "float32", draw_values),
         Operand("lses", "n b h_q s_q", "float32", draw_lses),
     ),
-    results=("b s_q h_q d_v", "b h_q s_q"),
+    results=(Result("b s_q h_q d_v", "float32"), Result("b h_q s_q", "float32")),
     call=merge,
     expected=expected_merge,
     assert_close=assert_merged,

@@ -5,7 +5,9 @@ import re
 
 import jax
 import numpy as np
+import ops
 import pytest
+from cases import assert_bit_equal
 from decode_loop import (
     fori_loop,
     independent_loops,
@@ -21,6 +23,34 @@ from lowering import (
     operations_on,
     struct,
 )
+
+
+@ops.each_run(lambda row: row.in_place)
+def test_donated_operand_is_updated_in_place(row, implementation):
+    run = jax.jit(row.with_implementation(implementation), donate_argnums=row.cache_index)
+    operands = row.arrays()
+    given = operands[row.cache_index]
+    address = given.unsafe_buffer_pointer()
+    for _ in range(3):
+        (operands[row.cache_index],) = run(*operands)
+        assert operands[row.cache_index].unsafe_buffer_pointer() == address
+    assert given.is_deleted()
+    row.check([operands[row.cache_index]], row.example())  # to write thrice is to write once
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@ops.each_run(lambda row: row.in_place)
+def test_operand_that_is_not_donated_is_kept(row, implementation, eager):
+    run = row.with_implementation(implementation)
+    operands, example = row.arrays(), row.example()
+    (after,) = (run if eager else jax.jit(run))(*operands)
+    given = operands[row.cache_index]
+    assert after.unsafe_buffer_pointer() != given.unsafe_buffer_pointer()
+    assert_bit_equal(given, example[row.cache_index])
+    row.check([after], example)
+
+
+# A whole decode step in loops.
 
 
 def test_donated_cache_stays_where_it_is(implementation):

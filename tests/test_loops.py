@@ -1,4 +1,4 @@
-"""The ops in JAX's loops."""
+"""The ops in jax.lax's loops."""
 
 import functools
 import re
@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ops
 import pytest
 from cases import D_K, D_V, assert_bit_equal
 from decode_loop import (
@@ -33,6 +34,90 @@ from lowering import (
 )
 
 import jax_flashmla as fm
+
+LOOPS = {}
+
+
+def loop_form(function):
+    """A loop: (step, state, xs, count) -> the last state, and the results of each step stacked."""
+    LOOPS[function.__name__] = function
+    return function
+
+
+@loop_form
+def by_scan(step, state, xs, count):
+    return jax.lax.scan(step, state, xs)
+
+
+@loop_form
+def by_scan_with_cond(step, state, xs, count):
+    """Where a predicate, here always true, decides on each step."""
+
+    def turn(state, x):
+        results = jax.eval_shape(step, state, x)[1]
+        skipped = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+        return jax.lax.cond(count > 0, step, lambda state, x: (state, skipped), state, x)
+
+    return jax.lax.scan(turn, state, xs)
+
+
+@loop_form
+def by_while_loop(step, state, xs, count):
+    """As many steps as a value on the device says."""
+    x = jax.tree.map(lambda x: x[0], xs)
+    results = jax.tree.map(
+        lambda x: jnp.zeros((len(jax.tree.leaves(xs)[0]), *x.shape), x.dtype),
+        jax.eval_shape(step, state, x)[1],
+    )
+
+    def body(carry):
+        i, state, results = carry
+        state, result = step(state, jax.tree.map(lambda x: x[i], xs))
+        return i + 1, state, jax.tree.map(lambda all, one: all.at[i].set(one), results, result)
+
+    return jax.lax.while_loop(lambda c: c[0] < count, body, (jnp.int32(0), state, results))[1:]
+
+
+def step_of(row, implementation):
+    """(state, operands) -> (state, results); the state is the cache that is updated, if any."""
+
+    def step(state, operands):
+        if not row.in_place:
+            return state, row.run(*operands, implementation=implementation)
+        operands = [*operands[: row.cache_index], state, *operands[row.cache_index :]]
+        (state,) = row.run(*operands, implementation=implementation)
+        return state, ()
+
+    return step
+
+
+def steps_of(row, count):
+    """The first state, and the operands of `count` steps."""
+    steps = [row.arrays((13, i)) for i in range(count)]
+    state = steps[0][row.cache_index] if row.in_place else ()
+    if row.in_place:
+        steps = [[x for i, x in enumerate(s) if i != row.cache_index] for s in steps]
+    return state, steps
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("loop", LOOPS)
+@ops.each_run()
+def test_loops_give_what_single_calls_give(row, implementation, loop):
+    """To the bit."""
+    step, (state, steps) = step_of(row, implementation), steps_of(row, 3)
+    expected, once, last = [], jax.jit(step), state
+    for operands in steps:
+        last, results = once(last, operands)
+        expected.append(results)
+    run = jax.jit(functools.partial(LOOPS[loop], step))
+    xs = jax.tree.map(lambda *x: jnp.stack(x), *steps)
+    actual_last, actual = run(state, xs, jnp.int32(3))
+    assert_bit_equal(actual_last, last)
+    assert_bit_equal(actual, jax.tree.map(lambda *x: jnp.stack(x), *expected))
+
+
+# A whole decode step in loops: an append, a schedule and attention, which decide on what follows.
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def assert_one_call(row, run, arrays):
 @pytest.mark.parametrize(("row", "implementation", "in_axes", "turn"), list(mapped_rows()))
 def test_vmap_gives_what_a_loop_gives(row, implementation, in_axes, turn):
     arrays, examples = stacked(row, (3,), in_axes)
-    ranks = [len(axes.split()) for axes in row.results]
+    ranks = [len(result.axes.split()) for result in row.results]
     out_axes = tuple((turn + i) % (rank + 1) for i, rank in enumerate(ranks))
     run = jax.vmap(row.with_implementation(implementation), in_axes, out_axes)
     if row.targets_under_vmap != {}:
