@@ -72,7 +72,9 @@ class Machine:
 
     def has_gpu(self, capability, driver=None):
         """As a machine with a GPU and the kernels built for CUDA 13.0."""
-        gpu = SimpleNamespace(compute_capability=capability, device_kind="NVIDIA X100")
+        gpu = SimpleNamespace(
+            compute_capability=capability, device_kind="NVIDIA X100", core_count=100
+        )
         self.has_extension(ffi_api=(0, 1))
         self._patch(_ffi, "_NOT_REGISTERED", None)
         self._patch(_ffi, "local_cuda_devices", lambda: [gpu])

@@ -29,6 +29,14 @@ SCHEDULE = target("tile_scheduler")
 SCHEDULE_AND_DECODE = target("schedule_and_decode")
 
 
+PLATFORMS = [
+    pytest.param(("cpu", "cuda"), id="cpu-cuda"),
+    pytest.param(("cpu", "cuda"), id="cpu-cuda-on-a-gpu", marks=pytest.mark.gpu),
+    pytest.param(("cuda",), id="cuda-on-a-gpu", marks=pytest.mark.gpu),
+]
+"""For which platforms a program is exported, and where it is then run."""
+
+
 def struct(shape, dtype=jnp.bfloat16, **options):
     return jax.ShapeDtypeStruct(shape, dtype, **options)
 

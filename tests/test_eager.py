@@ -1,36 +1,85 @@
-"""Eager calls, and strict configurations."""
+"""Every op called eagerly, with jit disabled, and under JAX's strict configurations."""
+
+import contextlib
 
 import cases
 import jax
 import jax.numpy as jnp
+import ops
+import pytest
 from cases import D_V, Case
 
 import jax_flashmla as fm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
-def test_eager_calls_compile_once():
-    inputs = cases.make_inputs(Case(2, 1, 37, 5))
+
+@contextlib.contextmanager
+def heard_events():
+    """Collects the names of what JAX does that takes time, such as to trace or to compile."""
     events = []
 
     def listen(event, duration, **_):
         events.append(event)
 
-    arrays = inputs.device_arrays()
-    fm.flash_mla_with_kvcache(*arrays, D_V)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for _ in range(3):
-            fm.flash_mla_with_kvcache(*arrays, D_V)
-        repeated = list(events)
-        fm.flash_mla_with_kvcache(*cases.make_inputs(Case(3, 1, 37, 5)).device_arrays(), D_V)
+        yield events
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert not [event for event in repeated if "trace" in event or "compile" in event]
+
+
+@ops.each(lambda row: row.primitive)
+def test_eager_calls_compile_once(row):
+    """Again only for other shapes."""
+    arrays, others = row.arrays(), row.arrays(**{row.batch: row.sizes[row.batch] + 1})
+    row.run(*arrays)
+    with heard_events() as events:
+        for _ in range(3):
+            row.run(*arrays)
+    assert not [event for event in events if "trace" in event or "compile" in event]
+    with heard_events() as events:
+        row.run(*others)
     assert [event for event in events if "compile" in event], "the listener hears nothing"
 
 
-def test_under_strict_configurations(implementation):
+@ops.each_run()
+def test_with_jit_disabled(row, implementation):
+    """An eager call and a jitted one give what they give otherwise."""
+    run = row.with_implementation(implementation)
+    with jax.disable_jit():
+        results = run(*row.arrays()), jax.jit(run)(*row.arrays())
+    for actual in results:
+        row.check(actual, row.example())
+
+
+@contextlib.contextmanager
+def strict_configuration():
     """Models may run with 64-bit types, or with implicit promotions forbidden."""
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        yield
+
+
+@ops.each_run()
+def test_under_strict_configurations(row, implementation):
+    run = row.with_implementation(implementation)
+    with strict_configuration():
+        arrays = row.arrays()
+        once = jax.jit(run)(*arrays)
+        stacked = jax.tree.map(lambda x: jnp.stack([x, x]), arrays)
+        twice = jax.jit(jax.vmap(run))(*stacked)
+    for actual in (once, [x[0] for x in twice], [x[1] for x in twice]):
+        for x, result in zip(actual, row.results, strict=True):
+            assert x.dtype == result.dtype
+        row.check(actual, row.example())
+
+
+def test_decode_step_under_strict_configurations(implementation):
+    """Slots, an append, a schedule and attention with two KV heads."""
     inputs = cases.make_inputs(Case(3, 2, 100, 4, 2, varlen=True, causal=True))
 
     def step(q, k_cache, block_table, lengths):
@@ -42,11 +91,7 @@ def test_under_strict_configurations(implementation):
             causal=True, implementation=implementation,
         )  # fmt: skip
 
-    with (
-        jax.enable_x64(True),
-        jax.numpy_rank_promotion("raise"),
-        jax.numpy_dtype_promotion("strict"),
-    ):
+    with strict_configuration():
         arrays = inputs.device_arrays()
         results = [jax.jit(step)(*arrays)]
         out, lse = jax.jit(jax.vmap(step))(*(jnp.stack([x, x]) for x in arrays))

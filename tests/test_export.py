@@ -1,194 +1,84 @@
-"""jax.export: programs stored and run elsewhere, with symbolic sizes."""
+"""Every op exported by jax.export: stored, loaded, run; with symbolic sizes where it has them."""
 
 import functools
 import re
 
-import cases
 import jax
-import jax.numpy as jnp
-import numpy as np
+import ops
 import pytest
-from cases import D_K, D_V, Case, assert_bit_equal
-from decode_step import check_serve, serve, serve_for, serve_inputs, serve_structs
-from dense_calls import causal_decode, decode, decode_structs
 from jax import export
-from lowering import (
-    APPEND,
-    DECODE,
-    SCHEDULE,
-    SCHEDULE_AND_DECODE,
-    custom_calls,
-    struct,
-)
+from lowering import PLATFORMS, custom_calls
 
 import jax_flashmla as fm
 
-PLATFORMS = [
-    pytest.param(("cpu", "cuda"), id="cpu-cuda"),
-    pytest.param(("cpu", "cuda"), id="cpu-cuda-on-a-gpu", marks=pytest.mark.gpu),
-    pytest.param(("cuda",), id="cuda-on-a-gpu", marks=pytest.mark.gpu),
-]
+
+def symbolic_sizes(row):
+    """The axes that may be symbolic, as one scope of symbolic sizes."""
+    names = row.symbolic
+    return dict(zip(names, export.symbolic_shape(", ".join(names)), strict=True)) if names else {}
 
 
-def exported(platforms, *sizes):
-    """`serve` in bytes, with the kernels for CUDA."""
-    export_ = export.export(
-        jax.jit(lambda *arrays: serve(*arrays)),  # one that was not lowered before
-        platforms=platforms,
-        disabled_checks=fm.EXPORT_DISABLED_CHECKS,
-    )
-    program = export_(*serve_structs(*sizes))
-    assert set(custom_calls(program.mlir_module())) == {APPEND, DECODE, SCHEDULE}
-    return program.serialize()
+@functools.cache
+def exported(row, platforms):
+    """The program and its bytes, with the kernels for CUDA."""
+    fresh = jax.jit(lambda *arrays: row.run(*arrays))  # one that was not lowered before
+    export_ = export.export(fresh, platforms=platforms, disabled_checks=fm.EXPORT_DISABLED_CHECKS)
+    program = export_(*row.structs(**symbolic_sizes(row)))
+    return program, program.serialize()
+
+
+def platforms_of_rows():
+    for row in ops.ROWS:
+        for param in PLATFORMS:
+            if row.targets or not param.marks:
+                marks = (*row.marks, *param.marks)
+                yield pytest.param(row, *param.values, id=f"{row}-{param.id}", marks=marks)
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("platforms", PLATFORMS)
-def test_export_and_back(platforms):
-    loaded = export.deserialize(exported(platforms, 3, 20, 6))
+@pytest.mark.parametrize(("row", "platforms"), list(platforms_of_rows()))
+def test_export_and_back(row, platforms):
+    """One program serves several sizes."""
+    program, stored = exported(row, platforms)
+    calls = custom_calls(program.mlir_module())
+    assert {target: len(lines) for target, lines in calls.items()} == row.targets
+    loaded = export.deserialize(stored)
     assert loaded.platforms == platforms
-    check_serve(loaded.call, 3, 20, 6)
+    assert len(loaded.in_avals) == len(jax.tree.leaves(row.structs()))
+    assert len(loaded.out_avals) == len(row.results)
+    for more in (0, 3) if row.symbolic else (0,):
+        sizes = {name: row.sizes[name] + more for name in row.symbolic}
+        results = loaded.call(*row.arrays(more, **sizes))
+        row.check(jax.tree.leaves(results), row.example(more, **sizes))
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("platforms", PLATFORMS)
-@pytest.mark.parametrize("sizes", ["b, 40, 6", "b, p, w"])
-def test_export_of_a_symbolic_batch(sizes, platforms):
-    """The size of the pool and the width of the table may be symbolic as well."""
-    loaded = export.deserialize(exported(platforms, *export.symbolic_shape(sizes)))
-    for b in (1, 5):
-        check_serve(loaded.call, b, *((40, 6) if "p" not in sizes else (30 + b, 4 + b)))
-
-
-@pytest.mark.usefixtures("kernels")
-def test_export_for_cuda_from_anywhere():
+@ops.each(lambda row: row.targets)
+def test_export_for_cuda_from_anywhere(row):
     """On a machine without a GPU too; and not without the checks that the library publishes."""
-    structs = serve_structs(*export.symbolic_shape("b, 40, 6"))
-    export_ = functools.partial(export.export, platforms=("cuda",))
-    program = export_(jax.jit(serve), disabled_checks=fm.EXPORT_DISABLED_CHECKS)(*structs)
-    calls = custom_calls(program.mlir_module())
-    assert {target: len(lines) for target, lines in calls.items()} == {
-        APPEND: 1, DECODE: 1, SCHEDULE: 1
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="jax_flashmla_dense_decode"):
-        export_(jax.jit(serve))(*structs)
-    with pytest.raises(ValueError, match="jax_flashmla_schedule_and_decode"):
-        export_(jax.jit(serve_for("auto")))(*structs)
+    program, _ = exported(row, ("cuda",))
+    assert set(custom_calls(program.mlir_module())) == set(row.targets)
+    run = jax.jit(lambda *arrays: row.run(*arrays))
+    with pytest.raises(ValueError, match=row.main_target):
+        export.export(run, platforms=("cuda",))(*row.structs())
 
 
-@pytest.mark.usefixtures("kernels")
-def test_export_of_a_symbolic_vmap():
-    n, b = export.symbolic_shape("n, b")
-    q, k_cache, table, lengths = decode_structs(b=b)
-    structs = (struct((n, *x.shape), x.dtype) for x in (q, table, lengths))
-    run = jax.jit(
-        jax.vmap(lambda q, table, lengths, c: decode(q, c, table, lengths), (0, 0, 0, None))
-    )
-    program = export.export(run, platforms=("cuda",), disabled_checks=fm.EXPORT_DISABLED_CHECKS)
-    program = program(*structs, k_cache)
-    assert [x.shape for x in program.out_avals] == [(n, b, 1, 16, D_V), (n, b, 16, 1)]
-    calls = custom_calls(program.mlir_module())
-    assert {target: len(lines) for target, lines in calls.items()} == {SCHEDULE_AND_DECODE: 1}
-
-
-def causal_structs(b, pages, width, **options):
-    """Arguments of `causal_decode` with an offset."""
-    return (
-        struct((b, 2, 16, D_K), **options),
-        struct((pages, 64, 1, D_K), **options),
-        struct((b, width), jnp.int32, **options),
-        struct((b,), jnp.int32, **options),
-        struct((b,), jnp.int32, **options),
-    )
-
-
-def exported_with_an_offset(platforms):
-    """`causal_decode` in bytes."""
-    export_ = export.export(
-        jax.jit(lambda *arrays: causal_decode(*arrays)),  # one that was not lowered before
-        platforms=platforms,
-        disabled_checks=fm.EXPORT_DISABLED_CHECKS,
-    )
-    return export_(*causal_structs(*export.symbolic_shape("b, p, w"))).serialize()
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("platforms", PLATFORMS)
-def test_export_with_a_causal_offset(platforms):
-    loaded = export.deserialize(exported_with_an_offset(platforms))
-    for count in (1, 5):
-        inputs = cases.make_inputs(Case(count, 2, 130, 16, varlen=True))
-        offset = np.array([-70, -500, 0, 1, -1], np.int32)[:count]
-        expected = cases.expected_decode(inputs, causal=True, causal_offset=offset)
-        actual = loaded.call(*inputs.device_arrays(), jnp.asarray(offset))
-        cases.assert_decode_close(actual, expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"fixed_split_size": 64, "max_seqlen": 256}], ids=str)
-def test_export_with_a_schedule_as_argument(options):
-    inputs = cases.make_inputs(Case(3, 1, 100, 16, varlen=True))
-    arrays = inputs.device_arrays()
-    schedule = fm.get_mla_metadata(arrays[3], 16, 1, **options)
-
-    def step(arrays, schedule):
-        return decode(*arrays, schedule=schedule), schedule
-
-    program = export.export(jax.jit(step), disabled_checks=fm.EXPORT_DISABLED_CHECKS)
-    loaded = export.deserialize(program(arrays, schedule).serialize())
-    results, again = loaded.call(arrays, schedule)
-    cases.assert_decode_close(results, cases.expected_decode(inputs))
-    assert jax.tree.structure(again) == jax.tree.structure(schedule)
-    assert_bit_equal(again, schedule)
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("platforms", PLATFORMS)
-def test_export_of_a_symbolic_batch_in_fixed_splits(platforms):
-    """The number of parts is symbolic too."""
-
-    def step(*arrays):
-        schedule = fm.get_mla_metadata(arrays[3], 16, 1, fixed_split_size=64, max_seqlen=300)
-        return decode(*arrays, schedule=schedule)
-
-    b, width = export.symbolic_shape("b, w")
-    structs = decode_structs(b=b)
-    structs = *structs[:2], struct((b, width), jnp.int32), structs[3]
-    program = export.export(
-        jax.jit(step), platforms=platforms, disabled_checks=fm.EXPORT_DISABLED_CHECKS
-    )(*structs)
-    assert set(custom_calls(program.mlir_module())) == {DECODE}  # XLA makes this schedule
-    loaded = export.deserialize(program.serialize())
-    for count in (1, 5):
-        inputs = cases.make_inputs(Case(count, 1, 200, 16, varlen=True), max_blocks=10 + count)
-        unused = np.full_like(inputs.k_cache, np.nan, shape=(100, *inputs.k_cache.shape[1:]))
-        k_cache = np.concatenate([inputs.k_cache, unused])[:100]
-        actual = loaded.call(*inputs.replace(k_cache=k_cache).device_arrays())
-        cases.assert_decode_close(actual, cases.expected_decode(inputs))
-
-
-def operands_of(target, compiled):
-    """How many operands the kernel's one call has; none for the shapes that were symbolic."""
-    pattern = rf".*custom-call\((.*)\), custom_call_target=\"{target}\""
-    (operands,) = re.findall(pattern, compiled.as_text())
+def operands_of(target, hlo):
+    """How many operands the kernel's one call has."""
+    (operands,) = re.findall(rf".*custom-call\((.*)\), custom_call_target=\"{target}\"", hlo)
     return operands.count("%")
 
 
 @pytest.mark.usefixtures("compiled_kernels", "kernels")
-def test_exported_symbolic_batch_compiles_for_an_h200(h200):
-    loaded = export.deserialize(exported(("cpu", "cuda"), *export.symbolic_shape("b, p, w")))
-    run = jax.jit(loaded.call, donate_argnums=2)
-    compiled = run.lower(*serve_structs(3, 1000, 6, sharding=h200)).compile()
-    assert operands_of(DECODE, compiled) == 7
-    assert compiled.memory_analysis().alias_size_in_bytes >= 1000 * 64 * D_K * 2
-    loaded = export.deserialize(exported_with_an_offset(("cpu", "cuda")))
-    structs = causal_structs(3, 1000, 6, sharding=h200)
-    compiled = jax.jit(loaded.call).lower(*structs).compile()
-    assert operands_of(SCHEDULE_AND_DECODE, compiled) == 5
-
-
-def test_lowered_and_compiled_by_hand():
-    arrays, _ = serve_inputs(2, 10, 4)
-    compiled = jax.jit(serve).lower(*serve_structs(2, 10, 4)).compile()
-    check_serve(compiled, 2, 10, 4)
-    with pytest.raises(TypeError, match=r"bfloat16\[3,1,16,576\]"):
-        compiled(*serve_inputs(3, 12, 4)[0])
+@ops.each(lambda row: row.targets)
+def test_exported_program_compiles_for_an_h200(row, h200):
+    """The kernel gets no operands for the sizes that were symbolic, and the cache is aliased."""
+    loaded = export.deserialize(exported(row, ("cpu", "cuda"))[1])
+    structs = row.structs(h200, pages=1000) if row.symbolic else row.structs(h200)
+    donated = row.cache_index if row.in_place else ()
+    compiled = jax.jit(loaded.call, donate_argnums=donated).lower(*structs).compile()
+    assert operands_of(row.main_target, compiled.as_text()) == len(jax.tree.leaves(structs))
+    if row.in_place:
+        cache = structs[row.cache_index]
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache.size * cache.dtype.itemsize

@@ -4,75 +4,84 @@ import re
 import warnings
 
 import jax
-import jax.numpy as jnp
+import ops
 import pytest
-from cases import D_K, D_V, zeros
-from dense_calls import decode, decode_structs
 from lowering import (
-    SCHEDULE_AND_DECODE,
     custom_calls,
     struct,
     text_for_cuda,
 )
 
-import jax_flashmla as fm
+
+@pytest.mark.usefixtures("kernels")
+@ops.each(lambda row: row.targets)
+def test_xla_is_the_reference(row):
+    assert not custom_calls(text_for_cuda(row.with_implementation("xla"), *row.structs()))
+
+
+def gaps():
+    for row in ops.ROWS:
+        for i, gap in enumerate(row.gaps):
+            yield pytest.param(row, *gap, id=f"{row}-{i}", marks=row.marks)
 
 
 @pytest.mark.usefixtures("kernels")
-def test_several_platforms_in_one_program():
-    lowered = jax.jit(decode).trace(*decode_structs()).lower(lowering_platforms=("cpu", "cuda"))
-    text = lowered.as_text()
-    assert set(custom_calls(text)) == {SCHEDULE_AND_DECODE}
-    assert "stablehlo.case" in text
+@pytest.mark.parametrize(("row", "sizes", "dtype", "options", "reason"), list(gaps()))
+def test_shapes_without_a_kernel(row, sizes, dtype, options, reason):
+    """Give the reference and one warning; an error where the kernel is asked for."""
+    structs = row.structs(**sizes)
+    if dtype is not None:
+        structs = [
+            struct(x.shape, dtype) if operand.is_float else x
+            for operand, x in zip(row.operands, structs, strict=True)
+        ]
 
+    def text(implementation):
+        return text_for_cuda(
+            lambda *arrays: row.run(*arrays, implementation=implementation, **options), *structs
+        )
 
-def test_xla_has_no_custom_calls(kernels):
-    text = text_for_cuda(lambda *a: decode(*a, implementation="xla"), *decode_structs())
-    assert not custom_calls(text)
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(
-    ("shapes", "d_v", "reason"),
-    [
-        ({"d_k": 288}, 256, "not for 288 and 256"),
-        ({}, 256, "not for 576 and 256"),
-        ({"page": 48}, D_V, r"page_block_size in .*, not for 48"),
-        ({"dtype": jnp.float32}, D_V, "not for q in float32"),
-    ],
-)
-def test_shapes_without_a_kernel(shapes, d_v, reason):
-    structs = decode_structs(**shapes)
-    with pytest.warns(RuntimeWarning, match=reason):
-        text = text_for_cuda(lambda *a: decode(*a, d_v=d_v), *structs)
-    assert not custom_calls(text)
-    text_for_cuda(lambda *a: decode(*a, d_v=d_v), *structs)  # does not warn again
-    with pytest.raises(NotImplementedError, match=reason):
-        text_for_cuda(lambda *a: decode(*a, d_v=d_v, implementation="cuda"), *structs)
-
-
-def test_machine_without_the_kernels(machine):
-    machine.takes_kernels(unavailable="it is Tuesday")
-    with pytest.warns(RuntimeWarning, match="plain JAX.*: it is Tuesday") as caught:
-        text = text_for_cuda(decode, *decode_structs())
+    with pytest.warns(RuntimeWarning, match=reason) as caught:
+        program = text("auto")
     assert len(caught) == 1
-    assert not custom_calls(text)
+    assert not custom_calls(program)
+    text("auto")  # does not warn again: that would be an error
+    with pytest.raises(NotImplementedError, match=reason):
+        text("cuda")
+
+
+@ops.each(lambda row: row.targets)
+def test_machine_without_the_kernels(row, machine):
+    machine.takes_kernels(unavailable="it is Tuesday")
+    with pytest.warns(RuntimeWarning, match=": it is Tuesday") as caught:
+        assert not custom_calls(text_for_cuda(row.run, *row.structs()))
+    assert len(caught) == 1
     with pytest.raises(NotImplementedError, match="it is Tuesday"):
-        text_for_cuda(lambda *a: decode(*a, implementation="cuda"), *decode_structs())
+        text_for_cuda(row.with_implementation("cuda"), *row.structs())
 
 
-def test_other_gpu(machine):
+@ops.each(lambda row: row.targets)
+def test_other_gpu(row, machine):
     """No warning there: the reference is what such a GPU is meant to run."""
     machine.has_gpu("8.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not custom_calls(text_for_cuda(fm.append_kv_cache, *append_structs()))
+        assert not custom_calls(text_for_cuda(row.run, *row.structs()))
     with pytest.raises(NotImplementedError, match=r"9\.0, this machine has NVIDIA X100 .*8\.0"):
-        text_for_cuda(lambda *a: fm.append_kv_cache(*a, implementation="cuda"), *append_structs())
+        text_for_cuda(row.with_implementation("cuda"), *row.structs())
 
 
-def append_structs():
-    return struct((100, 64, 1, D_K)), struct((7, 1, D_K)), struct((7,), jnp.int32)
+@ops.each(lambda row: row.targets)
+def test_kernel_on_another_platform(row):
+    traced = jax.jit(row.with_implementation("cuda")).trace(*row.structs())
+    with pytest.raises(NotImplementedError, match=f"{row.primitive} .*for the platform cpu"):
+        traced.lower(lowering_platforms=("cpu",))
+
+
+@ops.each(lambda row: row.primitive)
+def test_misspelt_implementation(row):
+    with pytest.raises(ValueError, match=r"implementation must be one of .*'triton'"):
+        jax.eval_shape(row.with_implementation("triton"), *row.structs())
 
 
 @pytest.mark.parametrize(
@@ -91,12 +100,3 @@ def test_extension_for_a_newer_jaxlib(machine):
     assert runtime is not None
     machine.has_extension(ffi_api=(runtime[0], runtime[1] + 1))
     assert re.search(r"compiled for XLA FFI .*the installed jaxlib .* has", machine.register())
-
-
-def test_kernel_on_another_platform():
-    if jax.default_backend() == "gpu":
-        pytest.skip("for machines without a GPU")
-    with pytest.raises(NotImplementedError, match="no kernel for the platform cpu"):
-        fm.append_kv_cache(
-            zeros(2, 16, 1, D_K), zeros(3, D_K), jnp.zeros(3, jnp.int32), implementation="cuda"
-        )
