@@ -326,6 +326,7 @@ given_row = dataclasses.replace(
     attributes={DECODE: DECODE_ATTRIBUTES},
     splits={"data": ("b", "pages")},
     symbolic=(),  # a schedule has static fields that follow the batch
+    cost=None,
     gaps=decode_row.gaps[:1],
     samples=(),
 )

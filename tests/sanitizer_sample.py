@@ -1,8 +1,17 @@
-"""Runs the samples of every op, all kernels among them, for compute-sanitizer: `make sanitize`."""
+"""Runs small calls of every op, all kernels among them, for compute-sanitizer: `make sanitize`."""
 
 import argparse
 
 import ops
+
+
+def run_row(row, implementation, garbage, samples):
+    """Runs the row's small example, checked, and samples; with garbage the samples alone."""
+    if not garbage:
+        row.check(row.run(*row.arrays(), implementation=implementation), row.example())
+    for sample in samples:
+        sample(implementation=implementation, garbage=garbage)
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -10,6 +19,6 @@ if __name__ == "__main__":
     parser.add_argument("--garbage", action="store_true", help="schedules of garbage, alone")
     options = parser.parse_args()
     for row in ops.ROWS:
-        for sample in row.samples:
-            sample(implementation=options.implementation, garbage=options.garbage)
+        if row.targets:
+            run_row(row, options.implementation, options.garbage, row.samples)
     print("all kernels ran")

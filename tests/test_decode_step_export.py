@@ -21,6 +21,8 @@ from lowering import (
 
 import jax_flashmla as fm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def exported(platforms, *sizes):
     """`serve` in bytes, with the kernels for CUDA."""

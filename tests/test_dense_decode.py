@@ -11,6 +11,8 @@ from cases import D_K, D_V, UNUSED_ENTRY, Case
 from dense_calls import check, decoded
 
 import jax_flashmla as fm
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 from jax_flashmla.reference import schedule as reference
 
 

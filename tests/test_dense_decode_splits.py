@@ -13,6 +13,8 @@ from dense_calls import check, decoded, schedule_for
 
 import jax_flashmla as fm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.mark.parametrize("num_sms", [1, 2, 7, 132, 1000])
 def test_any_number_of_parts(num_sms, implementation):

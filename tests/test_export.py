@@ -11,6 +11,8 @@ from lowering import PLATFORMS, custom_calls
 
 import jax_flashmla as fm
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def symbolic_sizes(row):
     """The axes that may be symbolic, as one scope of symbolic sizes."""

@@ -1,8 +1,6 @@
 """get_mla_metadata: its integers against a slow loop, and that they cover all work once."""
 
 import itertools
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,8 @@ import pytest
 from expected import OVERHEAD, TILE, slow_fixed_schedule, slow_schedule
 
 import jax_flashmla as fm
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LENGTHS = {
     "one": [4096],
@@ -335,9 +335,3 @@ def test_traced_split_sizes():
         jax.jit(lambda size: make_traced(size, 512))(64)
     with pytest.raises(TypeError, match=r"max_seqlen must be a static .*traced"):
         jax.jit(lambda longest: make_traced(64, longest))(512)
-
-
-def test_snippet_of_the_docs():
-    path = Path(__file__).parent.parent / "docs/tile_scheduler.md"
-    (snippet,) = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
-    exec(snippet, {})
