@@ -11,9 +11,9 @@ from cases import D_K, D_V, UNUSED_ENTRY, Case
 from dense_calls import check, decoded
 
 import jax_flashmla as fm
+from jax_flashmla.reference import schedule as reference
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-from jax_flashmla.reference import schedule as reference
 
 
 def grid_sample():

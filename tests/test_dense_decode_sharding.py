@@ -121,8 +121,8 @@ def test_fixed_splits_on_each_device(types):
     split = split_pages(inputs, 4, 1)
 
     def step(q, k_cache, table, lengths):
-        metadata = fm.get_mla_metadata(lengths, 8, 1, fixed_split_size=64, max_seqlen=512)
-        return decode(q, k_cache, table, lengths, metadata=metadata), metadata[1][None]
+        schedule = fm.get_mla_metadata(lengths, 8, 1, fixed_split_size=64, max_seqlen=512)
+        return decode(q, k_cache, table, lengths, schedule=schedule), schedule[1][None]
 
     f = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
     arrays = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in split.device_arrays()]
@@ -286,27 +286,27 @@ def test_two_processes(tmp_path):
 # Misuse inside jax.shard_map.
 
 
-def test_metadata_of_the_global_batch_raises():
+def test_schedule_of_the_global_batch_raises():
     mesh, (q, k_cache, table, lengths) = cpu_mesh((2,), ("x",)), decode_structs()
     specs = (P("x"), P(), P("x"), P("x"), P())
 
-    def f(q, k_cache, table, lengths, metadata):
-        return decode(q, k_cache, table, lengths, metadata=metadata)
+    def f(q, k_cache, table, lengths, schedule):
+        return decode(q, k_cache, table, lengths, schedule=schedule)
 
-    metadata = jax.eval_shape(lambda x: fm.get_mla_metadata(x, 16, 1), lengths)
+    schedule = jax.eval_shape(lambda x: fm.get_mla_metadata(x, 16, 1), lengths)
     with pytest.raises(ValueError, match=r"batch=4, but this call has 2 .*in jax\.shard_map.*own"):
         jax.eval_shape(
             jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("x")),
-            q, k_cache, table, lengths, metadata,
+            q, k_cache, table, lengths, schedule,
         )  # fmt: skip
 
 
-def test_metadata_of_all_heads_raises():
+def test_schedule_of_all_heads_raises():
     mesh, structs = cpu_mesh((2,), ("x",)), decode_structs()
 
     def f(*args):
-        metadata = fm.get_mla_metadata(args[3], 16, 1)
-        return decode(*args, metadata=metadata)
+        schedule = fm.get_mla_metadata(args[3], 16, 1)
+        return decode(*args, schedule=schedule)
 
     specs = P(None, None, "x"), P(), P(), P()
     with pytest.raises(ValueError, match="num_heads_per_head_k=16, but this call has 8"):
