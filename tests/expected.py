@@ -33,7 +33,7 @@ def expected_merge(outs, lses):
 
 
 def slow_schedule(lengths, num_parts, rows):
-    """The schedule in Python integers, one request and one part after the other."""
+    """The schedule in Python integers, one sequence and one part after the other."""
     b = len(lengths)
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     starts = np.concatenate([[0], np.cumsum([t + OVERHEAD for t in tiles])]).tolist()
@@ -66,7 +66,7 @@ def slow_schedule(lengths, num_parts, rows):
 
 
 def aligned_schedule(tiles, parts, num_parts, smallest):
-    """Every request has `parts` parts of equally many tiles; a short one leaves some empty.
+    """Every sequence has `parts` parts of equally many tiles; a short one leaves some empty.
 
     Of two parts the first one has a tile more.
     """

@@ -61,7 +61,7 @@ def test_without_a_schedule_as_with_it(case):
 @pytest.mark.parametrize("h_q", [16, 128])
 @pytest.mark.parametrize("b", [2, 40, 60, 100, 600, 1500, 4096])
 def test_without_a_schedule_as_with_it_where_some_are_long(b, h_q):
-    """Requests of many splits among whole ones, and fewer or more requests than threads."""
+    """Sequences of many splits among whole ones, and fewer or more sequences than threads."""
     rng = np.random.default_rng((b, h_q))
     q = jax.random.normal(jax.random.key(b), (b, 1, h_q, D_K), jnp.bfloat16)
     k_cache = jax.random.normal(jax.random.key(h_q), (500, 64, 1, D_K), jnp.bfloat16)

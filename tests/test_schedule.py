@@ -143,7 +143,7 @@ def test_fixed_splits_of_traced_lengths(implementation):
 @pytest.mark.parametrize("num_sms", NUM_SMS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_each_tile_has_one_owner(lengths, num_sms):
-    """Parts walk from bound to bound; what they meet is each request's tiles, in its splits."""
+    """Parts walk from bound to bound; what they meet is each sequence's tiles, in its splits."""
     b = len(lengths)
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     pieces = assert_one_owner(*make(lengths, num_sms, "xla"), tiles)
@@ -154,18 +154,18 @@ def test_each_tile_has_one_owner(lengths, num_sms):
 
 @pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
 def test_each_tile_has_one_owner_in_fixed_splits(lengths, size, max_seqlen):
-    """And a part has tiles of one request alone."""
+    """And a part has tiles of one sequence alone."""
     tiles = [-(-max(n, 0) // TILE) for n in lengths]
     pieces = assert_one_owner(*make_fixed(lengths, size, max_seqlen), tiles)
-    parts = [part for request in pieces for part, _, _ in request]
+    parts = [part for sequence in pieces for part, _, _ in sequence]
     assert len(set(parts)) == len(parts)
-    for count, request in zip(tiles, pieces, strict=True):
-        ends = [end for _, _, end in request]
+    for count, sequence in zip(tiles, pieces, strict=True):
+        ends = [end for _, _, end in sequence]
         assert ends == [(s + 1) * size // TILE for s in range(len(ends) - 1)] + [count]
 
 
 def assert_one_owner(metadata, num_splits, tiles):
-    """Walks from bound to bound; returns each request's pieces: (part, first tile, end tile)."""
+    """Walks from bound to bound; returns each sequence's pieces: (part, first tile, end tile)."""
     bounds = [tuple(map(int, bound)) for bound in metadata.part_bounds]
     first_part = np.asarray(metadata.first_part).tolist()
     b = len(tiles)

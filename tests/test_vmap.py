@@ -121,7 +121,10 @@ def folded_rows():
 @pytest.mark.parametrize(("row", "cache_is_mapped"), list(folded_rows()))
 def test_vmap_folds_into_one_call_of_the_kernel(row, cache_is_mapped, levels):
     """The call is that of a larger batch, and of a larger pool where the cache is mapped."""
-    in_axes = tuple(0 if cache_is_mapped or x != row.cache else None for x in row.names)
+    folded = [row.batch]
+    if cache_is_mapped:
+        folded += row.operands[row.cache_index].axes.split()[:1]
+    in_axes = tuple(0 if x.axes.split()[0] in folded else None for x in row.operands)
     sizes = (3, 2)[:levels]
     run = row.run
     for _ in sizes:
@@ -133,9 +136,6 @@ def test_vmap_folds_into_one_call_of_the_kernel(row, cache_is_mapped, levels):
     assert {target: len(lines) for target, lines in calls.items()} == expected
     if not expected:
         return
-    folded = [row.batch]
-    if cache_is_mapped:
-        folded += row.operands[row.cache_index].axes.split()[:1]
     larger = {axis: int(np.prod(sizes)) * row.sizes[axis] for axis in folded}
     alone = custom_calls(text_for_cuda(row.run, *row.structs(**larger)))
     target = row.main_target
