@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; who imports stands above what is imported. Modules that are not named are ops.
 PYTHON_LAYERS = (
     {"_targets", "_constants"},
-    {"_ffi", "_checks"},
+    {"_checks"},
+    {"_ffi"},
     {"reference._math"},
     {"reference.*"},  # one module an op
     {"_op"},

@@ -27,7 +27,7 @@ def digest(implementation):
 
 def start_process(implementation, **environment):
     """A further process that prints its `digest`."""
-    code = f"import test_transforms; print(*test_transforms.digest({implementation!r}))"
+    code = f"import test_processes; print(*test_processes.digest({implementation!r}))"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU has other users

@@ -27,13 +27,13 @@ def may_map(row, mapped):
 
 
 def choices(row):
-    """Every choice of mapped operands; of more than four operands one, all but one, and all."""
-    count = len(row.operands)
-    for size in range(1, count + 1):
-        if count <= 4 or size in (1, count - 1, count):
-            for mapped in itertools.combinations(row.names, size):
-                if may_map(row, mapped):
-                    yield mapped
+    """Every choice of mapped operands; of more than four operands one, all but the last, and all."""
+    names = row.names
+    if len(names) <= 4:
+        found = [x for n in range(1, len(names) + 1) for x in itertools.combinations(names, n)]
+    else:
+        found = [*((name,) for name in names), names[:-1], names]
+    return [mapped for mapped in found if may_map(row, mapped)]
 
 
 def mapped_rows():
