@@ -27,7 +27,7 @@ def may_map(row, mapped):
 
 
 def choices(row):
-    """Every choice of mapped operands; of more than four operands one, all but the last, and all."""
+    """Every choice of mapped operands; of more than four one, all but the last, and all."""
     names = row.names
     if len(names) <= 4:
         found = [x for n in range(1, len(names) + 1) for x in itertools.combinations(names, n)]
