@@ -29,11 +29,6 @@ def causal_decode(q, k_cache, block_table, lengths, causal_offset=None, **option
     return decode(*arrays, causal=True, causal_offset=causal_offset, **options)
 
 
-def causal_expected(q, k_cache, block_table, lengths, causal_offset=None):
-    inputs = cases.Inputs(q, k_cache, block_table, lengths)
-    return cases.expected_decode(inputs, causal=True, causal_offset=causal_offset)
-
-
 def decoded(inputs, implementation, *, schedule=(None, None), **options):
     """(out, lse) of the op, as numpy arrays."""
     results = fm.flash_mla_with_kvcache(

@@ -41,14 +41,6 @@ def struct(shape, dtype=jnp.bfloat16, **options):
     return jax.ShapeDtypeStruct(shape, dtype, **options)
 
 
-def structs_on(sharding, *shapes):
-    """Structs on a device: of floats, and of integers where the rank is at most 2."""
-    return [
-        struct(shape, jnp.int32 if len(shape) <= 2 else jnp.bfloat16, sharding=sharding)
-        for shape in shapes
-    ]
-
-
 def primitives(function, *arrays):
     """The names of all primitives in a function's jaxpr, inner ones too."""
     return re.findall(r" = ([a-z_0-9]+)[\[ ]", str(jax.make_jaxpr(function)(*arrays)))

@@ -194,7 +194,7 @@ def test_command_buffer_options_for_an_h200(buffers, h200):
 LAYERS, BATCH, PAGE = 3, 4, 64
 
 
-def decode_loop(implementation, loop):
+def loop_of_layers(implementation, loop):
     """Appends a token a step and layer and attends to the cache, which holds all layers."""
 
     def step(carry):
@@ -236,7 +236,7 @@ def compile_loop(implementation, loop, pages, sharding):
         struct((BATCH,), jnp.int32, sharding=sharding),
         struct((BATCH, 32), jnp.int32, sharding=sharding),
     )
-    return decode_loop(implementation, loop).lower(*structs).compile()
+    return loop_of_layers(implementation, loop).lower(*structs).compile()
 
 
 @pytest.mark.parametrize("loop", ["fori_loop", "scan", "while_loop"])
