@@ -83,6 +83,10 @@ class Inputs:
         return dataclasses.replace(self, **changes)
 
 
+def zeros(*shape, dtype=jnp.bfloat16):
+    return jnp.zeros(shape, dtype)
+
+
 def random_values(rng, shape, dtype):
     """Normal with a deviation of 0.1, within [-1, 1]."""
     values = rng.standard_normal(shape, dtype=np.float32) / 10
@@ -180,6 +184,14 @@ def assert_close(name, actual, expected, *, atol, rtol, cosine=None):
         # 1 - 2 <a, e> / (<a, a> + <e, e>), in a form that does not cancel
         difference = (error**2).sum() / squares
         assert difference < cosine, f"{name}: cosine difference {difference}"
+
+
+def assert_bit_equal(actual, expected):
+    """Two pytrees of equal shapes, dtypes and bits."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a), np.asarray(e)
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        assert a.tobytes() == e.tobytes()
 
 
 def random_arrays(rng, schedule, most):

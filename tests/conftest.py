@@ -8,13 +8,14 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import lowering
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_flashmla import _ffi
+from jax_flashmla import _ffi, _op, schedule
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of several devices
 
@@ -51,11 +52,70 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+class Machine:
+    """Lets a test say what the library finds here. No other file patches private names."""
+
+    _QUERIES = (_ffi.non_hopper_device, _ffi.unavailable_reason, _op._warn_once)
+
+    def __init__(self, monkeypatch):
+        self._patch = monkeypatch.setattr
+
+    def forget(self):
+        """Forgets what was found out before, and which warnings were given."""
+        for query in self._QUERIES:
+            query.cache_clear()
+
+    def takes_kernels(self, unavailable=None):
+        """As a Hopper machine, on which nothing is missing, or what `unavailable` says."""
+        self._patch(_ffi, "unavailable_reason", lambda: unavailable)
+        self._patch(_ffi, "non_hopper_device", lambda: None)
+
+    def has_gpu(self, capability, driver=None):
+        """As a machine with a GPU and the kernels built for CUDA 13.0."""
+        gpu = SimpleNamespace(
+            compute_capability=capability, device_kind="NVIDIA X100", core_count=100
+        )
+        self.has_extension(ffi_api=(0, 1))
+        self._patch(_ffi, "_NOT_REGISTERED", None)
+        self._patch(_ffi, "local_cuda_devices", lambda: [gpu])
+        self._patch(_ffi, "_driver_cuda_version", lambda: driver)
+
+    def has_extension(self, ffi_api):
+        """With an extension built for this FFI, none of whose handlers may be registered."""
+        extension = SimpleNamespace(
+            build_info=lambda: {"ffi_api": ffi_api, "cudart": 13000},
+            handlers=lambda: pytest.fail("registered"),
+        )
+        self._patch(_ffi, "_C", extension)
+
+    def has_no_gpu(self):
+        self._patch(_ffi, "sm_count", lambda: 132)
+
+    def has_sms(self, count):
+        """As on a GPU, or a part of one, with so many SMs."""
+        self._patch(schedule, "_local_num_sms", lambda: count)
+
+    def cannot_count_sms(self):
+        self._patch(schedule, "_local_num_sms", None)
+
+    runtime_ffi_api = staticmethod(_ffi._runtime_ffi_api)
+    register = staticmethod(_ffi._register)
+    unavailable_reason = staticmethod(_ffi.unavailable_reason)
+
+
 @pytest.fixture
-def kernels(monkeypatch):
+def machine(monkeypatch):
+    """What the library finds on this machine, to be changed; see `Machine`."""
+    machine = Machine(monkeypatch)
+    machine.forget()
+    yield machine
+    machine.forget()
+
+
+@pytest.fixture
+def kernels(machine):
     """Lets programs be lowered with kernels that were not built."""
-    monkeypatch.setattr(_ffi, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(_ffi, "non_hopper_device", lambda: None)
+    machine.takes_kernels()
 
 
 @pytest.fixture(scope="session")

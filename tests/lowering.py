@@ -11,33 +11,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import D_K, D_V
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
-import jax_flashmla as fm
+from jax_flashmla._targets import TARGETS
 
-DECODE, SCHEDULE, SCHEDULE_AND_DECODE, APPEND = (
-    f"jax_flashmla_{name}"
-    for name in ("dense_decode", "tile_scheduler", "schedule_and_decode", "append_kv")
-)
+
+def target(name):
+    """The FFI target of a handler in cuda/, which must be in the package's list."""
+    (found,) = [full for full in TARGETS if full == f"jax_flashmla_{name}"]
+    return found
+
+
+APPEND = target("append_kv")
+DECODE = target("dense_decode")
+SCHEDULE = target("tile_scheduler")
+SCHEDULE_AND_DECODE = target("schedule_and_decode")
+
+
+PLATFORMS = [
+    pytest.param(("cpu", "cuda"), id="cpu-cuda"),
+    pytest.param(("cpu", "cuda"), id="cpu-cuda-on-a-gpu", marks=pytest.mark.gpu),
+    pytest.param(("cuda",), id="cuda-on-a-gpu", marks=pytest.mark.gpu),
+]
+"""For which platforms a program is exported, and where it is then run."""
 
 
 def struct(shape, dtype=jnp.bfloat16, **options):
     return jax.ShapeDtypeStruct(shape, dtype, **options)
 
 
-def decode_structs(b=4, s_q=1, h_q=16, h_kv=1, *, d_k=D_K, page=64, dtype=jnp.bfloat16):
-    return (
-        struct((b, s_q, h_q, d_k), dtype),
-        struct((100, page, h_kv, d_k), dtype),
-        struct((b, 10), jnp.int32),
-        struct((b,), jnp.int32),
-    )
-
-
-def decode(*arrays, d_v=D_V, metadata=(None, None), **options):
-    return fm.flash_mla_with_kvcache(*arrays, d_v, *metadata, **options)
+def primitives(function, *arrays):
+    """The names of all primitives in a function's jaxpr, inner ones too."""
+    return re.findall(r" = ([a-z_0-9]+)[\[ ]", str(jax.make_jaxpr(function)(*arrays)))
 
 
 def text_for_cuda(function, *structs):

@@ -1,75 +1,16 @@
-"""A few calls that run every kernel, small enough for compute-sanitizer: see `make sanitize`."""
+"""Runs small calls of every op, all kernels among them, for compute-sanitizer: `make sanitize`."""
 
 import argparse
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from cases import D_K, D_V, UNUSED_ENTRY, random_arrays
-
-import jax_flashmla as fm
+import ops
 
 
-def run(
-    lengths,
-    h_q,
-    *,
-    s_q=1,
-    h_kv=1,
-    page=64,
-    dtype=jnp.bfloat16,
-    bad_page=False,
-    offsets=None,
-    room=0,
-    garbage=False,
-    implementation,
-):
-    """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN.
-
-    With room for more pages in the block table, two row tiles share their pages in a cluster. With
-    `garbage` the schedules are integers that mean nothing, and so are the results.
-    """
-    rng = np.random.default_rng(0)
-    b, max_blocks = len(lengths), -(-max(lengths) // page) + 1
-    num_blocks = b * max_blocks
-    table = rng.permutation(num_blocks).reshape(b, max_blocks).astype(np.int32)
-    for row, length in zip(table, lengths, strict=True):
-        row[-(-length // page) :] = UNUSED_ENTRY
-    if bad_page:
-        table[0, 0] = num_blocks + 7
-    table = np.pad(table, ((0, 0), (0, room)), constant_values=UNUSED_ENTRY)
-    block_table, cache_seqlens = jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
-
-    cache = jnp.asarray(rng.standard_normal((num_blocks, page, h_kv, D_K)), dtype)
-    slots = fm.get_slot_mapping(block_table, cache_seqlens[:, None] - 1, page).reshape(-1)
-    new_kv = jnp.ones((b, h_kv, D_K), dtype)
-    cache = fm.append_kv_cache(cache, new_kv, slots, implementation=implementation)
-    q = jnp.asarray(rng.standard_normal((b, s_q, h_q, D_K)), dtype)
-    metadata = fm.get_mla_metadata(
-        cache_seqlens, s_q * h_q // h_kv, h_kv, implementation=implementation
-    )
-
-    def decode(*schedule):
-        return fm.flash_mla_with_kvcache(
-            q,
-            cache,
-            block_table,
-            cache_seqlens,
-            D_V,
-            *schedule,
-            causal=s_q > 1,
-            causal_offset=None if offsets is None else jnp.asarray(offsets, jnp.int32),
-            implementation=implementation,
-        )
-
-    if garbage:
-        for most in (b + 3, 2**31):
-            jax.block_until_ready(decode(*random_arrays(rng, metadata, most)))
-        return
-    for schedule in ((), metadata):  # made by the call, and given
-        out, _ = decode(*schedule)
-        finite = np.isfinite(np.asarray(out.astype(jnp.float32))).all(axis=(1, 2, 3))
-        np.testing.assert_array_equal(finite, [not bad_page] + [True] * (b - 1))
+def run_row(row, implementation, garbage, samples):
+    """Runs the row's small example, checked, and samples; with garbage the samples alone."""
+    if not garbage:
+        row.check(row.run(*row.arrays(), implementation=implementation), row.example())
+    for sample in samples:
+        sample(implementation=implementation, garbage=garbage)
 
 
 if __name__ == "__main__":
@@ -77,15 +18,7 @@ if __name__ == "__main__":
     parser.add_argument("--implementation", default="cuda")
     parser.add_argument("--garbage", action="store_true", help="schedules of garbage, alone")
     options = parser.parse_args()
-    chosen = {"implementation": options.implementation, "garbage": options.garbage}
-    run([300, 1000, 17], 16, **chosen)
-    run([300, 0, 700], 128, room=200, **chosen)
-    run([130, 90], 128, s_q=2, page=16, room=600, bad_page=True, **chosen)
-    run([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16, **chosen)
-    run([300, 40, 0, 1000], 32, s_q=4, offsets=[7, -30, 5, -2000], **chosen)
-    run([70] * 140, 64, page=128, **chosen)
-    run([40] * 700, 64, **chosen)  # more of them in a block than it plans ahead
-    run([512] * 66, 16, **chosen)  # two splits each, which decode joins
-    for room in (0, 40):
-        run([700] * 20 + [0, 64, 2000], 128, room=room, **chosen)  # one, two and more splits
+    for row in ops.ROWS:
+        if row.targets:
+            run_row(row, options.implementation, options.garbage, row.samples)
     print("all kernels ran")

@@ -10,7 +10,6 @@ import pytest
 from cases import D_V, UNUSED_ENTRY
 
 import jax_flashmla as fm
-from jax_flashmla import schedule
 
 WIDTH = 40  # of the table, in pages of 64: fewer tokens than some bounds of the lengths, and more
 
@@ -154,8 +153,8 @@ def test_in_other_pages(solo):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_sms", [1, 78, 1000])
-def test_on_any_number_of_sms(num_sms, solo, monkeypatch):
-    monkeypatch.setattr(schedule, "_local_num_sms", lambda: num_sms)
+def test_on_any_number_of_sms(num_sms, solo, machine):
+    machine.has_sms(num_sms)
     numbers = np.arange(solo.count)[::-1]
     run = jax.jit(lambda *arrays: solo.call.decode(*arrays))  # one that was not traced before
     solo.assert_same(run(*solo.arrays(numbers)), numbers)

@@ -1,55 +1,141 @@
-"""No module of the package imports a higher one."""
+"""Imports and includes go downwards: from an op to what ops share, never back or across."""
 
 import ast
+import re
 from pathlib import Path
 
-import jax_flashmla
+import pytest
 
-PACKAGE = Path(jax_flashmla.__file__).parent
-# Each module may import from the lines above its own. An op that needs another one comes after it.
-LAYERS = [
+ROOT = Path(__file__).parent.parent
+
+# Lowest first; who imports stands above what is imported. Modules that are not named are ops.
+PYTHON_LAYERS = (
     {"_targets", "_constants"},
     {"_checks"},
     {"_ffi"},
+    {"reference._math"},
+    {"reference.*"},  # one module an op
     {"_op"},
-    {"reference", "reference._math"},
-    {"reference.schedule", "reference.dense_decode", "reference.append"},
-    {"schedule", "append", "cost", "merge"},
-    {"dense_decode"},
-    {"jax_flashmla"},
-]
+    {"schedule"},  # an op that others share
+    {"<op>"},
+    {"__init__"},
+)
+# Folders of cuda/; a file also includes its own folder's. Folders that are not named are ops.
+CUDA_LAYERS = ({"host", "sm90"}, {"mla"}, {"split_kv"}, {"<op>"})
 
 
-def modules():
-    """Each module's name within the package, and its file."""
-    for path in PACKAGE.rglob("*.py"):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        yield name.removesuffix("__init__").removesuffix(".") or "jax_flashmla", path
+def layer_of(name, layers):
+    """The number of a module's or a folder's layer, counted from the lowest."""
+    if name.startswith("_") and not any(name in layer for layer in layers):
+        pytest.fail(f"{name} is in none of the layers of {__file__}: say where it stands")
+    package, _, _ = name.partition(".")
+    for names in (name, f"{package}.*", "<op>"):
+        for i, layer in enumerate(layers):
+            if names in layer:
+                return i
+    raise AssertionError(name)
 
 
-def imported(name, path):
-    """The modules of the package that a module imports."""
-    names = {other for other, _ in modules()}
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    package = [] if package == ["jax_flashmla"] else package
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports_of(name, text):
+    """The modules of the package that a module imports, by their names inside the package."""
+    package = name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("jax_flashmla") for alias in node.names), path
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        assert not (node.module or "").startswith("jax_flashmla"), f"{path}: import it as from ."
-        if node.level == 0:
-            continue
-        base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-        base = ".".join(part for part in base if part)
-        for alias in node.names:
-            inner = f"{base}.{alias.name}" if base else alias.name
-            yield inner if inner in names else base
+            assert not [x.name for x in node.names if x.name.startswith("jax_flashmla")], name
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package if node.level == 1 else ""
+            source = ".".join(filter(None, (base, node.module)))
+            if node.module is None or source == "reference":  # these import modules by name
+                yield from (".".join(filter(None, (source, x.name))) for x in node.names)
+            else:
+                yield source
 
 
-def test_imports_go_down():
-    level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    assert set(level) == {name for name, _ in modules()}
-    found = {(name, other) for name, path in modules() for other in imported(name, path)}
-    assert {("dense_decode", "schedule"), ("reference.schedule", "_constants")} <= found
-    assert [pair for pair in sorted(found) if level[pair[0]] <= level[pair[1]]] == []
+def python_faults(modules):
+    """Imports that do not go downwards, of {name in the package: text}."""
+    return [
+        f"{name} imports {other}"
+        for name, text in modules.items()
+        for other in imports_of(name, text)
+        if layer_of(other, PYTHON_LAYERS) >= layer_of(name, PYTHON_LAYERS)
+    ]
+
+
+def cuda_faults(files):
+    """Includes that go to another folder which is not lower, of {path in cuda/: text}."""
+    faults = []
+    for path, text in files.items():
+        folder = path.split("/")[0]
+        for included in re.findall(r'^ *#include "(.*)"', text, re.MULTILINE):
+            other, slash, _ = included.partition("/")
+            if not slash or other in (folder, "xla"):  # of this folder, or XLA's
+                continue
+            if layer_of(other, CUDA_LAYERS) >= layer_of(folder, CUDA_LAYERS):
+                faults.append(f"{path} includes {included}")
+    return faults
+
+
+def texts(root, pattern):
+    return {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(root.rglob(pattern))
+    }
+
+
+def package_modules():
+    """{name: text}, such as "reference.append"; of the references' package only its modules."""
+    found = texts(ROOT / "jax_flashmla", "*.py")
+    names = {path: path.removesuffix(".py").replace("/", ".") for path in found}
+    return {names[path]: text for path, text in found.items() if path != "reference/__init__.py"}
+
+
+def test_imports_go_downwards():
+    modules = package_modules()
+    assert {"_op", "append", "reference.append", "__init__"} <= modules.keys()
+    assert python_faults(modules) == []
+
+
+def test_includes_go_downwards():
+    files = {path: text for path, text in texts(ROOT / "cuda", "*.*").items() if "/" in path}
+    assert {"append", "dense_decode", "split_kv"} <= {path.split("/")[0] for path in files}
+    assert cuda_faults(files) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "fault"),
+    [
+        ("append", "from ._op import Op", None),
+        ("append", "from .reference import append as reference", None),
+        ("append", "from .dense_decode import flash_mla_with_kvcache", "dense_decode"),
+        ("schedule", "from .append import append_kv_cache", "append"),
+        ("_op", "from . import schedule", "schedule"),
+        ("_ffi", "from ._op import Op", "_op"),
+        ("reference.append", "from ._math import ceil_div", None),
+        ("reference.append", "from .._checks import check_array", None),
+        ("reference.append", "from .. import append", "append"),
+        ("reference.append", "from .dense_decode import decode", "reference.dense_decode"),
+        ("reference.append", "from .._op import Op", "_op"),
+    ],
+)
+def test_wrong_imports_are_seen(name, line, fault):
+    assert python_faults({name: line}) == ([f"{name} imports {fault}"] if fault else [])
+
+
+@pytest.mark.parametrize(
+    ("path", "included", "wrong"),
+    [
+        ("append/handler.cu", "host/ffi.h", False),
+        ("append/handler.cu", "kernel.cuh", False),
+        ("dense_decode/kernel.cuh", "dense_decode/loader.cuh", False),
+        ("dense_decode/kernel.cuh", "append/kernel.cuh", True),
+        ("split_kv/work.cuh", "dense_decode/block.cuh", True),
+        ("split_kv/work.cuh", "mla/shapes.cuh", False),
+        ("mla/shapes.cuh", "split_kv/schedule.cuh", True),
+        ("sm90/cta.cuh", "mla/shapes.cuh", True),
+        ("sm90/cta.cuh", "host/ffi.h", True),
+        ("host/ffi.h", "xla/ffi/api/ffi.h", False),
+    ],
+)
+def test_wrong_includes_are_seen(path, included, wrong):
+    faults = cuda_faults({path: f'#pragma once\n#include "{included}"\n'})
+    assert faults == ([f"{path} includes {included}"] if wrong else [])

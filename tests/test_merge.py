@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expected import expected_merge
 
 import jax_flashmla as fm
 
@@ -16,22 +17,6 @@ def random_parts(dtype="float32", spread=3.0, shape=SHAPE):
     n, b, s_q, h_q, _ = shape
     outs = rng.standard_normal(shape).astype(jnp.dtype(dtype))
     return outs, (spread * rng.standard_normal((n, b, h_q, s_q))).astype(np.float32)
-
-
-def expected_merge(outs, lses):
-    """In float64, one query and head at a time."""
-    n, b, s_q, h_q, d_v = outs.shape
-    out, lse = np.zeros((b, s_q, h_q, d_v)), np.full((b, h_q, s_q), np.inf)
-    for i, s, h in np.ndindex(b, s_q, h_q):
-        parts = [k for k in range(n) if not np.isinf(lses[k, i, h, s])]
-        if not parts:
-            continue
-        part_lses = lses[parts, i, h, s].astype(np.float64)
-        largest = part_lses.max()
-        weights = np.exp(part_lses - largest)
-        out[i, s, h] = weights @ outs[parts, i, s, h].astype(np.float64) / weights.sum()
-        lse[i, h, s] = largest + np.log(weights.sum())
-    return out, lse
 
 
 def check(outs, lses):

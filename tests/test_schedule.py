@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expected import OVERHEAD, TILE, slow_fixed_schedule, slow_schedule
 
 import jax_flashmla as fm
-from jax_flashmla import schedule
 
-TILE, OVERHEAD = 64, 2
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LENGTHS = {
     "one": [4096],
@@ -43,64 +43,6 @@ FIXED = {
 }
 # num_sms of a call with 128 rows and one KV head: two SMs a part
 NUM_SMS = [1, 2, 7, 132, 200]
-
-
-def slow_schedule(lengths, num_parts, rows):
-    """The schedule in Python integers, one request and one part after the other."""
-    b = len(lengths)
-    tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
-    starts = np.concatenate([[0], np.cumsum([t + OVERHEAD for t in tiles])]).tolist()
-    smallest = next(t for t in range(1, 9) if t == 8 or 4096 * t * t >= starts[-1] * (rows + 16))
-    payload = max(-(-starts[-1] // num_parts), smallest)
-    group, parts = -(-b // num_parts), max(1, num_parts // b)
-    edges = [min(p * group, b) for p in range(num_parts + 1)]
-    largest = max(starts[y] - starts[x] for x, y in itertools.pairwise(edges))
-    if parts > 1:
-        largest = max(-(-t // parts) for t in tiles)
-    if largest <= payload + payload // 16:
-        if parts == 1:
-            return [(i, 0) for i in edges], [i // group for i in range(b)], list(range(b + 1))
-        return aligned_schedule(tiles, parts, num_parts, smallest)
-    bounds = []
-    for p in range(num_parts + 1):
-        cut = p * payload
-        if p == num_parts or cut >= starts[-1]:
-            bounds.append((b, 0))
-            continue
-        i = next(i for i in range(b) if starts[i] <= cut < starts[i + 1])
-        bounds.append((i, max(0, cut - starts[i] - OVERHEAD)))
-    first_part, num_splits = [], [0]
-    for i in range(b):
-        first = min(starts[i] + OVERHEAD, starts[i + 1] - 1) // payload
-        last = (starts[i + 1] - 1) // payload
-        first_part.append(first)
-        num_splits.append(num_splits[-1] + last - first + 1)
-    return bounds, first_part, num_splits
-
-
-def aligned_schedule(tiles, parts, num_parts, smallest):
-    """Every request has `parts` parts of equally many tiles; a short one leaves some empty.
-
-    Of two parts the first one has a tile more.
-    """
-    bounds, num_splits = [], [0]
-    for i, count in enumerate(tiles):
-        step = max(smallest, -(-count // parts)) + (1 if parts == 2 else 0)
-        begins = list(range(0, max(count, 1), step))
-        bounds += [(i, tile) for tile in begins] + [(i + 1, 0)] * (parts - len(begins))
-        num_splits.append(num_splits[-1] + len(begins))
-    bounds += [(len(tiles), 0)] * (num_parts + 1 - len(bounds))
-    return bounds, [i * parts for i in range(len(tiles))], num_splits
-
-
-def slow_fixed_schedule(lengths, size, max_seqlen):
-    """The schedule of splits of a fixed size in Python integers, in tokens."""
-    parts, bounds, num_splits = -(-max_seqlen // size), [], [0]
-    for i, length in enumerate(lengths):
-        begins = range(0, max(length, 1), size)[:parts]
-        bounds += [(i, token // TILE) for token in begins] + [(i + 1, 0)] * (parts - len(begins))
-        num_splits.append(num_splits[-1] + len(begins))
-    return [*bounds, (len(lengths), 0)], [i * parts for i in range(len(lengths))], num_splits
 
 
 def make(lengths, num_sms, implementation, **options):
@@ -170,9 +112,9 @@ def assert_integers(metadata, num_splits, expected):
 
 
 @pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
-def test_integers_of_fixed_splits(lengths, size, max_seqlen, implementation, monkeypatch):
+def test_integers_of_fixed_splits(lengths, size, max_seqlen, implementation, machine):
     """Nothing asks for the SM count."""
-    monkeypatch.setattr(schedule, "_local_num_sms", None)
+    machine.cannot_count_sms()
     metadata, num_splits = make_fixed(lengths, size, max_seqlen, implementation)
     assert metadata.num_parts == len(lengths) * -(-max_seqlen // size)
     assert metadata.fixed_split_size == size
@@ -201,7 +143,7 @@ def test_fixed_splits_of_traced_lengths(implementation):
 @pytest.mark.parametrize("num_sms", NUM_SMS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_each_tile_has_one_owner(lengths, num_sms):
-    """Parts walk from bound to bound; what they meet is each request's tiles, in its splits."""
+    """Parts walk from bound to bound; what they meet is each sequence's tiles, in its splits."""
     b = len(lengths)
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     pieces = assert_one_owner(*make(lengths, num_sms, "xla"), tiles)
@@ -212,18 +154,18 @@ def test_each_tile_has_one_owner(lengths, num_sms):
 
 @pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
 def test_each_tile_has_one_owner_in_fixed_splits(lengths, size, max_seqlen):
-    """And a part has tiles of one request alone."""
+    """And a part has tiles of one sequence alone."""
     tiles = [-(-max(n, 0) // TILE) for n in lengths]
     pieces = assert_one_owner(*make_fixed(lengths, size, max_seqlen), tiles)
-    parts = [part for request in pieces for part, _, _ in request]
+    parts = [part for sequence in pieces for part, _, _ in sequence]
     assert len(set(parts)) == len(parts)
-    for count, request in zip(tiles, pieces, strict=True):
-        ends = [end for _, _, end in request]
+    for count, sequence in zip(tiles, pieces, strict=True):
+        ends = [end for _, _, end in sequence]
         assert ends == [(s + 1) * size // TILE for s in range(len(ends) - 1)] + [count]
 
 
 def assert_one_owner(metadata, num_splits, tiles):
-    """Walks from bound to bound; returns each request's pieces: (part, first tile, end tile)."""
+    """Walks from bound to bound; returns each sequence's pieces: (part, first tile, end tile)."""
     bounds = [tuple(map(int, bound)) for bound in metadata.part_bounds]
     first_part = np.asarray(metadata.first_part).tolist()
     b = len(tiles)
@@ -285,8 +227,8 @@ def test_equal_lengths_get_equal_splits(batch, length, splits):
         (16, 1, 78, 78),
     ],
 )
-def test_number_of_parts(rows, h_kv, num_sms, parts, monkeypatch):
-    monkeypatch.setattr(schedule._ffi, "sm_count", lambda: 132)
+def test_number_of_parts(rows, h_kv, num_sms, parts, machine):
+    machine.has_no_gpu()
     metadata, _ = fm.get_mla_metadata(
         jnp.ones(2, jnp.int32), rows, h_kv, num_sms=num_sms, implementation="xla"
     )

@@ -4,19 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expected import expected_append
 
 import jax_flashmla as fm
 
 INT32_MAX = 2**31 - 1
-
-
-def append_expected(k_cache, new_kv, slots):
-    pages, page = k_cache.shape[:2]
-    k_cache = k_cache.copy()
-    for token, slot in zip(new_kv, slots, strict=True):
-        if 0 <= slot < pages * page:
-            k_cache[slot // page, slot % page] = token
-    return k_cache
 
 
 def random_cache(shape, dtype, seed=0):
@@ -36,7 +28,7 @@ def test_append(page, h_kv, d_k, dtype, implementation):
         *map(jnp.asarray, (k_cache, new_kv, slots)), implementation=implementation
     )
     assert actual.dtype == k_cache.dtype
-    np.testing.assert_array_equal(actual, append_expected(k_cache, new_kv, slots))
+    np.testing.assert_array_equal(actual, expected_append(k_cache, new_kv, slots))
 
 
 def test_append_without_a_head_axis(implementation):
@@ -45,7 +37,7 @@ def test_append_without_a_head_axis(implementation):
     actual = fm.append_kv_cache(
         jnp.asarray(k_cache), jnp.asarray(new_kv), slots, implementation=implementation
     )
-    np.testing.assert_array_equal(actual, append_expected(k_cache, new_kv[:, None], slots.tolist()))
+    np.testing.assert_array_equal(actual, expected_append(k_cache, new_kv[:, None], slots.tolist()))
 
 
 def test_equal_slots_either_wins(implementation):

@@ -1,0 +1,429 @@
+"""The table of ops: a row says of an op what the tests of common properties need to know.
+
+A property that every op must have (vmap gives what a loop gives, a donated cache stays in place,
+a program for a GPU calls the kernel once, ...) is tested once, over the rows of this table:
+
+    @ops.each()                         # every row
+    @ops.each(lambda row: row.targets)  # the rows of ops that have a kernel
+
+A new op adds a row to ROWS, with its operands, its call and what it must give. What only this op
+does is tested in its own file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import samples
+from cases import D_K, D_V, UNUSED_ENTRY
+from expected import expected_append, expected_merge, slow_schedule
+from lowering import APPEND, DECODE, SCHEDULE, SCHEDULE_AND_DECODE, struct
+
+import jax_flashmla as fm
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array that a call takes.
+
+    Attributes:
+      name: as in error messages.
+      axes: the names of its axes, such as "b max_blocks"; `OpRow.sizes` says how long they are.
+        Axis 0 is the one that grows when vmap folds a mapped axis into the operand.
+      dtype: of its elements.
+      draw: (rng, shape, sizes) -> random values for a call with these sizes.
+    """
+
+    name: str
+    axes: str
+    dtype: str
+    draw: Callable
+
+    @property
+    def is_float(self) -> bool:
+        return jnp.issubdtype(self.dtype, jnp.floating)
+
+    def shape(self, sizes):
+        return tuple(sizes[axis] for axis in self.axes.split())
+
+    def example(self, rng, sizes):
+        values = self.draw(rng, self.shape(sizes), sizes)
+        return np.asarray(values).astype(jnp.dtype(self.dtype))
+
+    def structs(self, sizes, **options):
+        return struct(self.shape(sizes), jnp.dtype(self.dtype), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A schedule as an operand: a pytree, made for random lengths by `make(lengths)`.
+
+    A schedule of other lengths gives right results too, so that it need not fit the other operands.
+    """
+
+    make: Callable
+    name: str = "schedule"
+    axes: str = "b"
+    is_float: bool = False
+
+    def example(self, rng, sizes):
+        lengths = draw_lengths(rng, (sizes["b"],), sizes).astype(np.int32)
+        return jax.tree.map(np.asarray, self.make(jnp.asarray(lengths)))
+
+    def structs(self, sizes, **options):
+        made = jax.eval_shape(self.make, struct((sizes["b"],), jnp.int32))
+        return jax.tree.map(lambda x: struct(x.shape, x.dtype, **options), made)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A result of a call: the names of its axes, and its dtype."""
+
+    axes: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class OpRow:
+    """An op, or one way to call it.
+
+    Attributes:
+      name: in the names of tests.
+      operands: what `call` takes, in order.
+      results: what `call` gives, in order.
+      call: (*arrays, implementation=...) -> a result or a pytree of results.
+      expected: (*numpy arrays) -> the results, worked out independently.
+      assert_close: (actual, expected) -> raises where they differ by too much; takes tuples.
+      sizes: the length of each axis in small calls that the kernel can run too.
+      primitive: the op's name in jaxprs and messages; None where it is made of JAX's own ops.
+      targets: how often a call calls each FFI target; none without a kernel.
+      targets_under_vmap: the same under vmap; default: as without vmap.
+      attributes: of each target, regular expressions that must be found in its attributes.
+      scratch: how many results of the last FFI target the op drops.
+      cache: the operand that grows with the context, which nothing may copy; or None.
+      in_place: whether that operand is updated in place and returned as the one result. Under vmap
+        it must then be mapped.
+      batch: the axis of sequences or tokens that do not know of each other; vmap folds into it.
+      splits: how jax.shard_map may split a call: for each kind of parallelism the axes that are
+        split, by name.
+      gaps: calls without a kernel: (changed sizes, changed dtype or None, options of the call, the
+        reason as a regular expression).
+      symbolic: the axes that may be symbolic in an exported program.
+      cost: (*structs, lengths) -> what the op has to do, as in `jax_flashmla.decode_cost`; or None.
+      samples: (implementation) -> None, small calls that together run all of the op's kernels, for
+        compute-sanitizer.
+      variant: whether the row is another way to call an op that has a row already.
+      marks: pytest's marks for all of the row's tests.
+    """
+
+    name: str
+    operands: tuple
+    results: tuple[Result, ...]
+    call: Callable
+    expected: Callable
+    assert_close: Callable
+    sizes: dict
+    primitive: str | None = None
+    targets: dict = dataclasses.field(default_factory=dict)
+    targets_under_vmap: dict | None = None
+    attributes: dict = dataclasses.field(default_factory=dict)
+    scratch: int = 0
+    cache: str | None = None
+    in_place: bool = False
+    batch: str | None = "b"
+    splits: dict = dataclasses.field(default_factory=dict)
+    gaps: tuple = ()
+    symbolic: tuple[str, ...] = ()
+    cost: Callable | None = None
+    samples: tuple = ()
+    variant: bool = False
+    marks: tuple = ()
+
+    def __repr__(self):
+        return self.name
+
+    @property
+    def names(self) -> list[str]:
+        return [operand.name for operand in self.operands]
+
+    @property
+    def cache_index(self) -> int | None:
+        return None if self.cache is None else self.names.index(self.cache)
+
+    @property
+    def main_target(self) -> str:
+        return list(self.targets)[-1]
+
+    def run(self, *arrays, implementation="auto", **options) -> tuple:
+        """The results in a flat tuple."""
+        results = self.call(*arrays, implementation=implementation, **options)
+        return tuple(jax.tree.leaves(results))
+
+    def with_implementation(self, implementation):
+        return functools.partial(self.run, implementation=implementation)
+
+    def example(self, seed=0, **sizes) -> list:
+        """Random operands as numpy arrays, each from a seed of its own."""
+        return [self.draw(i, seed, **sizes) for i in range(len(self.operands))]
+
+    def draw(self, index, seed, **sizes):
+        rng = np.random.default_rng((index, *np.atleast_1d(seed)))
+        return self.operands[index].example(rng, self.sizes | sizes)
+
+    def arrays(self, seed=0, **sizes) -> list:
+        """The same as jax arrays."""
+        return [jax.tree.map(jnp.asarray, x) for x in self.example(seed, **sizes)]
+
+    def structs(self, sharding=None, **sizes) -> list:
+        sizes = self.sizes | sizes
+        return [operand.structs(sizes, sharding=sharding) for operand in self.operands]
+
+    def check(self, actual, example):
+        """Compares results with what is expected of an example's operands."""
+        self.assert_close(tuple(actual), tuple(self.expected(*example)))
+
+
+def each(wanted=lambda row: True):
+    """Runs a test for each row of the table that is wanted, as its argument `row`."""
+    rows = [pytest.param(row, id=row.name, marks=row.marks) for row in ROWS if wanted(row)]
+    return pytest.mark.parametrize("row", rows)
+
+
+def runs(row):
+    """The implementations to run: the reference everywhere, the kernel on a GPU, with its mark."""
+    yield "xla", row.marks
+    if row.targets:
+        yield "cuda", (*row.marks, pytest.mark.gpu)
+
+
+def each_run(wanted=lambda row: True):
+    """Runs a test for each wanted row and each of its `runs`, as `row` and `implementation`."""
+    params = [
+        pytest.param(row, implementation, id=f"{row}-{implementation}", marks=marks)
+        for row in ROWS
+        if wanted(row)
+        for implementation, marks in runs(row)
+    ]
+    return pytest.mark.parametrize(("row", "implementation"), params)
+
+
+# How operands are drawn.
+
+
+def draw_values(rng, shape, sizes):
+    return cases.random_values(rng, shape, "float32")
+
+
+def draw_lengths(rng, shape, sizes):
+    """Some negative, some beyond three pages."""
+    return rng.integers(-2, 3 * sizes["page"], shape)
+
+
+def draw_offsets(rng, shape, sizes):
+    return rng.integers(-2 * sizes["page"], 3, shape)
+
+
+def draw_tables(rng, shape, sizes):
+    """Pages of which the third may lie outside the pool, and an entry that must not be read.
+
+    Such a page makes a sequence NaN where its length reaches that far. Under vmap it must not be
+    taken for a page of the next example's pool.
+    """
+    table = rng.integers(0, sizes["pages"], shape)
+    table[..., 2] = rng.choice([sizes["pages"], 0, -1], table.shape[:-1])
+    table[..., 3] = UNUSED_ENTRY
+    return table
+
+
+def draw_slots(rng, shape, sizes):
+    """Slots in any order, two of them outside the pool: before it and behind it."""
+    pool = sizes["pages"] * sizes["page"]
+    slots = rng.permutation(pool)[: shape[0]]
+    slots[rng.permutation(shape[0])[:2]] = [-1 - rng.integers(pool), pool + rng.integers(pool)]
+    return slots
+
+
+def draw_lses(rng, shape, sizes):
+    """Some +inf, as of a part that has no token for a query."""
+    return np.where(rng.random(shape) < 0.2, np.inf, 3 * rng.standard_normal(shape))
+
+
+# flash_mla_with_kvcache.
+
+
+def decode(q, k_cache, block_table, lengths, *, schedule=(None, None), offset=None, **options):
+    arrays = (q, k_cache, block_table, lengths)
+    options = {"causal": True, "causal_offset": offset, "head_dim_v": D_V} | options
+    metadata, num_splits = schedule
+    return fm.flash_mla_with_kvcache(
+        *arrays, tile_scheduler_metadata=metadata, num_splits=num_splits, **options
+    )
+
+
+def expected_decode(q, k_cache, block_table, lengths, offset=None):
+    inputs = cases.Inputs(q, k_cache, block_table, lengths)
+    return cases.expected_decode(inputs, causal=True, causal_offset=offset)
+
+
+def make_schedule(lengths, **options):
+    """For the 8 query rows of the decode rows below."""
+    return fm.get_mla_metadata(lengths, 8, 1, num_sms=5, **options)
+
+
+DECODE_OPERANDS = (
+    Operand("q", "b s_q h_q d_k", "bfloat16", draw_values),
+    Operand("k_cache", "pages page h_kv d_k", "bfloat16", draw_values),
+    Operand("block_table", "b max_blocks", "int32", draw_tables),
+    Operand("cache_seqlens", "b", "int32", draw_lengths),
+)
+# page_block_size is the axis `page`; d_v is not an axis of any operand.
+DECODE_SIZES = {
+    "b": 2, "s_q": 2, "h_q": 4, "h_kv": 1, "d_k": D_K, "d_v": D_V,
+    "pages": 9, "page": 16, "max_blocks": 4,
+}  # fmt: skip
+DECODE_ATTRIBUTES = ("causal = true", r"softmax_scale = 0\.041666\d+ : f32")  # 576 ** -0.5
+
+decode_row = OpRow(
+    name="decode",
+    primitive="flash_mla_with_kvcache",
+    operands=DECODE_OPERANDS,
+    results=(Result("b s_q h_q d_v", "bfloat16"), Result("b h_q s_q", "float32")),
+    call=decode,
+    expected=expected_decode,
+    assert_close=cases.assert_decode_close,
+    sizes=DECODE_SIZES,
+    targets={SCHEDULE_AND_DECODE: 1},
+    attributes={SCHEDULE_AND_DECODE: DECODE_ATTRIBUTES},
+    scratch=4,
+    cache="k_cache",
+    splits={"data": ("b", "pages"), "tensor": ("h_q",)},
+    gaps=(
+        ({"d_k": 288}, None, {"head_dim_v": 256}, "not for 288 and 256"),
+        ({}, None, {"head_dim_v": 256}, "not for 576 and 256"),
+        ({"page": 48}, None, {}, r"page_block_size in .*, not for 48"),
+        ({}, "float32", {}, "not for q in float32"),
+    ),
+    symbolic=("b", "pages", "max_blocks"),
+    cost=lambda q, k_cache, table, _, lengths: fm.decode_cost(q, k_cache, lengths, D_V, True),
+    samples=samples.DECODE,
+)
+
+given_row = dataclasses.replace(
+    decode_row,
+    name="decode-given-a-schedule",
+    variant=True,
+    operands=(*DECODE_OPERANDS, Schedule(make_schedule)),
+    call=lambda *arrays, **options: decode(*arrays[:-1], schedule=arrays[-1], **options),
+    expected=lambda *arrays: expected_decode(*arrays[:-1]),
+    targets={DECODE: 1},
+    # The schedule of one example does not fit the folded batch: vmap makes one for all of it.
+    targets_under_vmap={SCHEDULE: 1, DECODE: 1},
+    attributes={DECODE: DECODE_ATTRIBUTES},
+    splits={"data": ("b", "pages")},
+    cost=None,
+    gaps=decode_row.gaps[:1],
+    samples=(),
+)
+
+offset_row = dataclasses.replace(
+    decode_row,
+    name="decode-with-causal-offset",
+    variant=True,
+    operands=(*DECODE_OPERANDS, Operand("causal_offset", "b", "int32", draw_offsets)),
+    call=lambda *arrays, **options: decode(*arrays[:-1], offset=arrays[-1], **options),
+    gaps=decode_row.gaps[-1:],
+    cost=None,
+    samples=(),
+)
+
+
+# get_mla_metadata.
+
+
+def expected_schedule(lengths):
+    return slow_schedule(lengths.tolist(), num_parts=5, rows=8)
+
+
+def assert_integers(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == jnp.int32
+        np.testing.assert_array_equal(a, e)
+
+
+schedule_row = OpRow(
+    name="schedule",
+    primitive="get_mla_metadata",
+    operands=(DECODE_OPERANDS[3],),
+    results=(Result("bounds 2", "int32"), Result("b", "int32"), Result("b+1", "int32")),
+    call=make_schedule,
+    expected=expected_schedule,
+    assert_close=assert_integers,
+    sizes={"b": 3, "page": 1000, "bounds": 6, "2": 2, "b+1": 4},  # of 5 parts
+    targets={SCHEDULE: 1},
+    targets_under_vmap={},  # a decode under vmap drops what this gives, so it is left to XLA
+    attributes={SCHEDULE: ("rows = 8 : i64",)},
+    splits={"data": ("b",)},
+    symbolic=("b",),
+    samples=(),  # those of decode make schedules
+)
+
+
+# append_kv_cache.
+
+append_row = OpRow(
+    name="append",
+    primitive="append_kv_cache",
+    operands=(
+        DECODE_OPERANDS[1],
+        Operand("new_kv", "tokens h_kv d_k", "bfloat16", draw_values),
+        Operand("slot_mapping", "tokens", "int32", draw_slots),
+    ),
+    results=(Result("pages page h_kv d_k", "bfloat16"),),
+    call=fm.append_kv_cache,
+    expected=lambda *arrays: (expected_append(*arrays),),
+    assert_close=cases.assert_bit_equal,
+    sizes={"pages": 4, "page": 16, "h_kv": 1, "d_k": D_K, "tokens": 5},
+    targets={APPEND: 1},
+    cache="k_cache",
+    in_place=True,
+    batch="tokens",
+    splits={"data": ("pages", "tokens")},
+    symbolic=("tokens", "pages"),
+    samples=(),  # those of decode append
+)
+
+
+# merge_attention_states: no kernel, and so no primitive of its own.
+
+
+def merge(outs, lses, *, implementation):
+    return fm.merge_attention_states(outs, lses)
+
+
+def assert_merged(actual, expected):
+    for name, a, e in zip(("out", "lse"), actual, expected, strict=True):
+        cases.assert_close(name, np.asarray(a), e, atol=2e-6, rtol=1e-6)
+
+
+merge_row = OpRow(
+    name="merge",
+    operands=(
+        Operand("outs", "n b s_q h_q d_v", "float32", draw_values),
+        Operand("lses", "n b h_q s_q", "float32", draw_lses),
+    ),
+    results=(Result("b s_q h_q d_v", "float32"), Result("b h_q s_q", "float32")),
+    call=merge,
+    expected=expected_merge,
+    assert_close=assert_merged,
+    sizes={"n": 3, "b": 2, "s_q": 2, "h_q": 3, "d_v": 16},
+    splits={"data": ("b",), "tensor": ("h_q",)},
+    symbolic=("n", "b"),
+)
+
+
+ROWS = [decode_row, given_row, offset_row, schedule_row, append_row, merge_row]

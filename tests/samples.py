@@ -1,0 +1,94 @@
+"""Small calls that together run every kernel, for compute-sanitizer: see `make sanitize`.
+
+Each sample is a function of `implementation` and `garbage`. With garbage the schedules are integers
+that mean nothing, and so are the results: of these only the addresses matter.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import D_K, D_V, UNUSED_ENTRY, random_arrays
+
+import jax_flashmla as fm
+
+
+def decode_sample(
+    lengths,
+    h_q,
+    *,
+    s_q=1,
+    h_kv=1,
+    page=64,
+    dtype=jnp.bfloat16,
+    bad_page=False,
+    offsets=None,
+    room=0,
+    garbage=False,
+    implementation,
+):
+    """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN.
+
+    With room for more pages in the block table, two row tiles share their pages in a cluster. With
+    `garbage` the schedules are integers that mean nothing, and so are the results.
+    """
+    rng = np.random.default_rng(0)
+    b, max_blocks = len(lengths), -(-max(lengths) // page) + 1
+    num_blocks = b * max_blocks
+    table = rng.permutation(num_blocks).reshape(b, max_blocks).astype(np.int32)
+    for row, length in zip(table, lengths, strict=True):
+        row[-(-length // page) :] = UNUSED_ENTRY
+    if bad_page:
+        table[0, 0] = num_blocks + 7
+    table = np.pad(table, ((0, 0), (0, room)), constant_values=UNUSED_ENTRY)
+    block_table, cache_seqlens = jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+
+    cache = jnp.asarray(rng.standard_normal((num_blocks, page, h_kv, D_K)), dtype)
+    slots = fm.get_slot_mapping(block_table, cache_seqlens[:, None] - 1, page).reshape(-1)
+    new_kv = jnp.ones((b, h_kv, D_K), dtype)
+    cache = fm.append_kv_cache(cache, new_kv, slots, implementation=implementation)
+    q = jnp.asarray(rng.standard_normal((b, s_q, h_q, D_K)), dtype)
+    schedule = fm.get_mla_metadata(
+        cache_seqlens, s_q * h_q // h_kv, h_kv, implementation=implementation
+    )
+
+    def decode(*given):
+        return fm.flash_mla_with_kvcache(
+            q,
+            cache,
+            block_table,
+            cache_seqlens,
+            D_V,
+            *given,
+            causal=s_q > 1,
+            causal_offset=None if offsets is None else jnp.asarray(offsets, jnp.int32),
+            implementation=implementation,
+        )
+
+    if garbage:
+        for most in (b + 3, 2**31):
+            jax.block_until_ready(decode(*random_arrays(rng, schedule, most)))
+        return
+    for given in ((), schedule):  # made by the call, and given
+        out, _ = decode(*given)
+        finite = np.isfinite(np.asarray(out.astype(jnp.float32))).all(axis=(1, 2, 3))
+        np.testing.assert_array_equal(finite, [not bad_page] + [True] * (b - 1))
+
+
+def sample(lengths, h_q, **options):
+    return functools.partial(decode_sample, lengths, h_q, **options)
+
+
+DECODE = (
+    sample([300, 1000, 17], 16),
+    sample([300, 0, 700], 128, room=200),
+    sample([130, 90], 128, s_q=2, page=16, room=600, bad_page=True),
+    sample([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16),
+    sample([300, 40, 0, 1000], 32, s_q=4, offsets=[7, -30, 5, -2000]),
+    sample([70] * 140, 64, page=128),
+    sample([40] * 700, 64),  # more of them in a block than it plans ahead
+    sample([512] * 66, 16),  # two splits each, which decode joins
+    sample([700] * 20 + [0, 64, 2000], 128),  # one, two and more splits
+    sample([700] * 20 + [0, 64, 2000], 128, room=40),
+)
