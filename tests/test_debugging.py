@@ -103,7 +103,8 @@ RUNS = [(case, way) for case, (*_, ways) in CASES.items() for way in ways]
 def run_debugging(what, call, *args):
     """call(*args) with jax_debug_nans or jax_debug_infs.
 
-    In a thread of its own: JAX forgets the flag in one where an eager shard_map has run.
+    In a thread of its own: in a thread where an eager shard_map has run, functions that are jitted
+    already do not see the flag (findings/eager_shard_map_hides_debug_nans.sh).
     """
     jax.config.update(f"jax_debug_{what}", True)
     try:
