@@ -3,11 +3,8 @@
     python benchmarks/bench_chunk_attention.py           -> benchmarks/results/<card>.json
     python benchmarks/bench_chunk_attention.py --smoke   tiny shapes on the CPU
 
-Both begin with the queries of each head and end with its values, and the chunk's own latents are in
-the pages already. The op: queries are absorbed into the latent space, and the result is taken out
-of it. The peer is `jax.nn.dot_product_attention`, an ordinary multi-head attention: the latents are
-gathered from their pages and expanded into keys and values of each head. So absorption counts for
-the op; gathering and expansion count for the peer. Dimensions are those of DeepSeek-V2-Lite.
+The chunk's own latents are in the pages already. Absorption counts for the op; gathering and
+expansion count for the peer. See ABOUT below.
 """
 
 import dataclasses
@@ -156,10 +153,8 @@ def check_results(case, pool, lengths, own, found):
 
 
 def find_library(options):
-    name = "jax.nn.dot_product_attention"
-    if options.smoke:  # which has no cuDNN
-        return JaxPeer(name, expanded, ["xla", "xla_split"])
-    return JaxPeer(name, expanded, ["cudnn", "cudnn_split", "xla"])
+    ways = ["xla", "xla_split"] if options.smoke else ["cudnn", "cudnn_split", "xla"]
+    return JaxPeer("jax.nn.dot_product_attention", expanded, ways)
 
 
 OP = Op(

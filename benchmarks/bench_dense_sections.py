@@ -5,15 +5,14 @@
     python benchmarks/bench_dense_sections.py --sections variants,fixed
     python benchmarks/bench_dense_sections.py --sections growth  batch 1 to 4096, length 64 to 1M
 
-layers: the step makes the schedule, then calls the op for each layer, unrolled or in a scan. All
-layers' pages lie in one buffer, and the step moves its block table by layer. Beside it: as many
-calls of the kernel alone, on the same pages. variants: fp16 and other page sizes, beside bf16 with
-pages of 64. fixed: splits of a fixed size, beside the default schedule. growth: series of batch and
-length beside FlashMLA; 4 sequences of one call are checked.
+variants: fp16 and other page sizes. fixed: splits of a fixed size. The ABOUT texts below say what
+stands beside each section, README.md by which rules it is timed.
 """
 
 import dataclasses
 import functools
+import itertools
+import math
 import sys
 from collections.abc import Callable
 
@@ -25,7 +24,7 @@ from bench_dense_decode import HEAD_DIM_V, OP, DenseDecode
 from core import bench, launches, plots, report
 from core.bench import Bench
 from core.op import Op
-from core.rounds import DonatedRound, Inputs, Programs, in_turns
+from core.rounds import DonatedRound, Programs, in_turns
 
 from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata
 
@@ -118,14 +117,10 @@ class LayersBench(Bench):
 
     def __init__(self, cases, run, machine):
         self.count = 2 if run.options.smoke else LAYERS
-        op = dataclasses.replace(OP, baseline=())
-        super().__init__(op, cases, run, machine, kinds=("given",), with_peers=False)
+        super().__init__(OP, cases, run, machine, alone=True)
 
     def calls(self, case):
         return self.count
-
-    def loops(self, case):
-        return case.loops
 
     def distinct(self, case):
         """How many layers have pages of their own; further ones use those of the first again."""
@@ -133,7 +128,7 @@ class LayersBench(Bench):
 
     def compile(self):
         for case in self.cases:
-            programs = Programs(self.op, case, self.pool, self.count, case.loops)
+            programs = Programs(self.op, case, self.pool, self.count, self.loops(case))
             for form in FORMS:
                 self.compiler.submit(
                     (case.shape_key, form), compile_step, programs, form, self.count,
@@ -144,23 +139,22 @@ class LayersBench(Bench):
 
     def inputs(self, case):
         """Every layer's table is that of the first one, moved by whole layers."""
-        draw = self.compiler[case.shape_key, "draw"]
-        inputs = Inputs(self.op, case, draw, self.pool, self.count)
+        inputs = super().inputs(case)
         _, (first,) = self.op.lists(case, np.empty((case.pages(), *self.pool.shape[1:2])), 1)
         firsts = [(i % self.distinct(case)) * case.pages() for i in range(self.count)]
         tables = [jax.device_put(first + np.int32(page)) for page in firsts]
         inputs.owns = [(table, q) for table, (_, q) in zip(tables, inputs.owns, strict=True)]
         return inputs
 
-    def measure_forms(self, case):
-        """{form: row}."""
+    def measure(self, case):
+        """A row for each form."""
         inputs = self.inputs(case)
         rounds, counts = {"alone": self.op_round(case, inputs, "given")}, {}
         qs, table = [q for _, q in inputs.owns], inputs.owns[0][0]
         for form in FORMS:
             compiled, counts[form] = self.compiler[case.shape_key, form]
             arguments = qs, inputs.pool, table, inputs.shared
-            calls = self.count * case.loops
+            calls = self.count * self.loops(case)
             rounds[form] = DonatedRound(compiled, inputs.poisoned(self.count), arguments, calls)
         times = self.times({name: each.round for name, each in rounds.items()})
         last = [each.results[-1] for each in rounds.values()]
@@ -169,13 +163,13 @@ class LayersBench(Bench):
         rows, alone = {}, times["alone"].us
         for i, (form, graphs) in enumerate(counts.items(), 1):
             us = times[form].us
-            rows[form] = case.row() | {
+            errors = {name: values[i] for name, values in found.items()}
+            rows[row_name(case, form)] = case.row() | {
                 "form": form, "layers": self.count, "distinct_caches": self.distinct(case),
                 "us": round(us, 2), "alone_us": round(alone, 2), "over": round(us / alone - 1, 4),
                 "step_us": round(us * self.count, 1),
                 "graph_launches": graphs and graphs[0], "single_launches": graphs and graphs[1],
-                **{name: float(f"{values[i]:.3g}") for name, values in found.items()},
-                "spread": round(times[form].spread, 4), "host_us": round(times[form].host_us, 2),
+                **bench.quality(times[form], errors),
             }  # fmt: skip
         return rows
 
@@ -198,22 +192,16 @@ def wanted(run, section, cases, forms):
 
 
 def run_layers(run, machine, op):
+    def text(name, row):
+        return (
+            f"{name:32s} {row['us']:8.2f} us a layer, alone {row['alone_us']:8.2f}, "
+            f"{row['over']:+.1%}, graphs {row['graph_launches']}, commands "
+            f"{row['single_launches']}, host {row['host_us']}"
+        )
+
     cases = wanted(run, "layers", LAYER_CASES, FORMS)
-    if not cases:
-        return
-    bench = LayersBench(cases, run, machine)
-    bench.compile()
-    for case in cases:
-        if run.out_of_time(f"layers {case.name}"):
-            break
-        rows = run.guarded(f"layers {case.name}", bench.measure_forms, case) or {}
-        for form, row in rows.items():
-            run.add(OP.name, "layers", row_name(case, form), row, OP.wrong(row))
-            print(f"{row_name(case, form):32s} {row['us']:8.2f} us a layer, alone "
-                  f"{row['alone_us']:8.2f}, {row['over']:+.1%}, graphs {row['graph_launches']}, "
-                  f"commands {row['single_launches']}, host {row['host_us']}",
-                  flush=True)  # fmt: skip
-    bench.compiler.close()
+    if cases:
+        bench.measure_all(run, LayersBench(cases, run, machine), "layers", text, header="")
 
 
 # -------------------- Variants and fixed splits, each beside its twin
@@ -230,8 +218,7 @@ class Form:
 
 def run_variants(run, machine, op):
     def form(dtype, page):
-        changes = {"dtype": dtype, "page_block_size": page}
-        return Form(change=lambda case: dataclasses.replace(case, **changes))
+        return Form(change=lambda c: dataclasses.replace(c, dtype=dtype, page_block_size=page))
 
     variants = [("bf16", 64), *(VARIANTS[:2] if run.options.smoke else VARIANTS)]
     forms = {f"{dtype}, page {page}": form(dtype, page) for dtype, page in variants}
@@ -271,31 +258,24 @@ def run_fixed(run, machine, op):
 
 def run_beside_twins(run, machine, section, cases, forms):
     """Every case in every form, of which the first is the twin of the others. All take turns."""
+
+    def text(name, row):
+        return f"{name:32s} {row['us']:8.2f} us, twin {row['twin_us']:8.2f}, {row['to_twin']:.3f}"
+
     (_, *others), benches = forms, {}
     cases = wanted(run, section, cases, others)
     if not cases:
         return
     for name, form in forms.items():
-        op = dataclasses.replace(form.op, baseline=())
         changed = [form.change(case) for case in cases]
-        benches[name] = Bench(op, changed, run, machine, kinds=("given",), sets_checked=1,
-                              with_peers=False)  # fmt: skip
+        benches[name] = Bench(form.op, changed, run, machine, alone=True, sets_checked=1)
         benches[name].compile()
-    for number, case in enumerate(cases):
-        if run.out_of_time(f"{section} {case.name}"):
-            break
-        rows = run.guarded(f"{section} {case.name}", beside_twin, benches, forms, number) or {}
-        for name, row in rows.items():
-            run.add(OP.name, section, row_name(case, name), row, OP.wrong(row))
-            print(f"{row_name(case, name):32s} {row['us']:8.2f} us, twin {row['twin_us']:8.2f}, "
-                  f"{row['to_twin']:.3f}", flush=True)  # fmt: skip
-    for each in benches.values():
-        each.compiler.close()
+    run.measure_each(OP, section, cases, functools.partial(beside_twin, benches, forms), text)
 
 
-def beside_twin(benches, forms, number):
-    """{form: row} of one case."""
-    cases = {name: each.cases[number] for name, each in benches.items()}
+def beside_twin(benches, forms, twin_case):
+    """A row for each form but the twin's."""
+    cases = {name: form.change(twin_case) for name, form in forms.items()}
     inputs = {name: each.inputs(cases[name]) for name, each in benches.items()}
     ours = {name: b.op_round(cases[name], inputs[name], "given") for name, b in benches.items()}
     twin, *others = benches
@@ -304,11 +284,11 @@ def beside_twin(benches, forms, number):
     for name in others:
         found = benches[name].check(cases[name], inputs[name], [ours[name].results])
         us, floor = times[name].us, cases[name].floor_us(benches[name].machine.card)
-        rows[name] = cases[name].row() | forms[name].columns(cases[name]) | {
+        errors = {column: values[0] for column, values in found.items()}
+        rows[row_name(twin_case, name)] = cases[name].row() | forms[name].columns(cases[name]) | {
             "us": round(us, 2), "twin_us": round(twin_us, 2), "to_twin": round(us / twin_us, 4),
             "floor_us": round(floor, 2), "of_floor": round(floor / us, 4),
-            **{column: float(f"{values[0]:.3g}") for column, values in found.items()},
-            "spread": round(times[name].spread, 4), "host_us": round(times[name].host_us, 2),
+            **bench.quality(times[name], errors),
         }  # fmt: skip
     return rows
 
@@ -318,24 +298,12 @@ def beside_twin(benches, forms, number):
 
 def growth_cases():
     """Series over the batch, uniform and ragged, and over the length; the largest come last."""
-    cases = {DenseDecode(h, 1, b, GROWTH_LENGTH) for h in GROWTH_HEADS for b in GROWTH_BATCHES}
-    cases |= {
-        DenseDecode(h, 1, batch, GROWTH_RAGGED_LENGTH, varlen=True)
-        for h in GROWTH_HEADS
-        for batch in GROWTH_RAGGED_BATCHES
-    }
-    cases |= {
-        DenseDecode(h, 1, batch, length)
-        for h in GROWTH_HEADS
-        for batch in GROWTH_LENGTH_BATCHES
-        for length in GROWTH_LENGTHS
-        if batch * length <= MAX_GROWTH_TOKENS
-    }
-
-    def order(case):
-        return case.batch > 1024, case.batch * case.mean_len, case.batch, case.h_q
-
-    return sorted(cases, key=order)
+    shapes = {(batch, GROWTH_LENGTH) for batch in GROWTH_BATCHES}
+    shapes |= {(batch, GROWTH_RAGGED_LENGTH, True) for batch in GROWTH_RAGGED_BATCHES}
+    series = set(itertools.product(GROWTH_LENGTH_BATCHES, GROWTH_LENGTHS))
+    shapes |= {shape for shape in series if math.prod(shape) <= MAX_GROWTH_TOKENS}
+    cases = [DenseDecode(heads, 1, *shape) for heads in GROWTH_HEADS for shape in shapes]
+    return sorted(cases, key=lambda c: (c.batch > 1024, c.batch * c.mean_len, c.batch, c.h_q))
 
 
 def run_growth(run, machine, op):
@@ -389,15 +357,12 @@ def report_on(page, rows, plot):
     found = {name: report.of(rows, OP.name, name) for name in SECTIONS}
     count = found["layers"][0]["layers"] if found["layers"] else 0
     page.section(
-        f"A step of {count} layers",
-        ABOUT_LAYERS,
-        found["layers"],
+        f"A step of {count} layers", ABOUT_LAYERS, found["layers"],
         [
             ("case", long_name, ""), ("form", "form", ""), ("us a layer", "us", ".2f"),
             ("alone us", "alone_us", ".2f"), ("over", "over", "+.1%"),
-            ("host us", "host_us", ".1f"),
-            ("graphs", "graph_launches", ""), ("commands", "single_launches", ""),
-            ("caches", "distinct_caches", ""),
+            ("host us", "host_us", ".1f"), ("graphs", "graph_launches", ""),
+            ("commands", "single_launches", ""), ("caches", "distinct_caches", ""),
         ],
     )  # fmt: skip
     more = ("more", lambda row: row["to_twin"] - 1, "+.1%"), ("rel. error", "rel_err", ".1e")
@@ -411,13 +376,10 @@ def report_on(page, rows, plot):
         ],
     )  # fmt: skip
     page.section(
-        "Splits of a fixed size",
-        ABOUT_FIXED,
-        found["fixed"],
+        "Splits of a fixed size", ABOUT_FIXED, found["fixed"],
         [
             ("case", long_name, ""), ("tokens a split", "fixed_split_size", ""),
-            ("us", "us", ".1f"),
-            ("default us", "twin_us", ".1f"), more[0],
+            ("us", "us", ".1f"), ("default us", "twin_us", ".1f"), more[0],
             ("scratch MB", lambda row: scratch_bytes(row) / 1e6, ".1f"), more[1],
         ],
     )  # fmt: skip
@@ -448,9 +410,8 @@ def growth_panels(rows):
         by_batch = [row for row in ours if row["mean_len"] == GROWTH_LENGTH]
         panels[f"h_q {heads}, length {GROWTH_LENGTH}"] = "batch", points(by_batch, "batch")
         for batch in GROWTH_LENGTH_BATCHES:
-            series = [
-                row for row in ours if row["batch"] == batch and row["mean_len"] in GROWTH_LENGTHS
-            ]
+            at_batch = [row for row in ours if row["batch"] == batch]
+            series = [row for row in at_batch if row["mean_len"] in GROWTH_LENGTHS]
             panels[f"h_q {heads}, batch {batch}"] = "length", points(series, "mean_len")
     return {title: panel for title, panel in panels.items() if any(panel[1].values())}
 

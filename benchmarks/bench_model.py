@@ -56,12 +56,12 @@ class Form:
     implementation: str  # of the ops
     steps: int  # of a burst
     bursts: int
-    batches: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     config: ModelConfig
+    batches: tuple[int, ...]
     contexts: tuple[int, ...]
     forms: tuple[Form, ...]
     prompt: int  # a multiple of each of the chunks
@@ -70,13 +70,11 @@ class Plan:
 
 
 def full_plan():
-    forms = (
-        Form("cuda", "auto", 32, 5, (1, 32, 128)),
-        Form("without", "auto", 32, 5, (1, 32, 128)),
-        Form("xla", "xla", 2, 2, (1, 32, 128)),
-    )
-    config = ModelConfig.named(NAME)
-    return Plan(config, (1024, 8192, 32768), forms, 4096, (64, 256, 512), "bfloat16")
+    forms = Form("cuda", "auto", 32, 5), Form("without", "auto", 32, 5), Form("xla", "xla", 2, 2)
+    return Plan(
+        ModelConfig.named(NAME), batches=(1, 32, 128), contexts=(1024, 8192, 32768), forms=forms,
+        prompt=4096, chunks=(64, 256, 512), dtype="bfloat16",
+    )  # fmt: skip
 
 
 def smoke_plan():
@@ -84,12 +82,8 @@ def smoke_plan():
         ModelConfig.named(NAME, layers=2), vocab=256, width=64, heads=2, mlp_width=64,
         expert_width=32, experts=8,
     )  # fmt: skip
-    forms = (
-        Form("cuda", "xla", 2, 1, (1, 2)),
-        Form("without", "xla", 2, 1, (1, 2)),
-        Form("xla", "xla", 1, 1, (1,)),
-    )
-    return Plan(tiny, (64, 128), forms, 64, (16, 32), "float32")
+    forms = Form("cuda", "xla", 2, 1), Form("without", "xla", 2, 1), Form("xla", "xla", 1, 1)
+    return Plan(tiny, (1, 2), (64, 128), forms, prompt=64, chunks=(16, 32), dtype="float32")
 
 
 def bytes_of(tree):
@@ -115,10 +109,7 @@ class Figure:
 
 
 def step_figures(plan, params, limit):
-    batches = sorted({batch for form in plan.forms for batch in form.batches})
-    for batch, form in itertools.product(batches, plan.forms):
-        if batch not in form.batches:
-            continue
+    for batch, form in itertools.product(plan.batches, plan.forms):
         sizes = {context: cache_bytes(plan, batch, context) for context in plan.contexts}
         fitting = [c for c, size in sizes.items() if bytes_of(params) + size + WORKSPACE <= limit]
         longest = max(fitting, default=0)
@@ -145,38 +136,28 @@ def prefill_figures(plan, params):
 # -------------------- The programs
 
 
-def abstract_state(plan, batch, longest):
-    """The shapes of what make_state makes."""
-    pages = -(-longest // PAGE)
-    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    shape = plan.config.layers * batch * pages, PAGE, 1, plan.config.entry_dim
-    return State(
-        jax.ShapeDtypeStruct(shape, jnp.dtype(plan.dtype)),
-        jax.ShapeDtypeStruct((batch, pages), jnp.int32),
-        row,
-        row,
-        jax.ShapeDtypeStruct((batch,), bool),
-        jax.eval_shape(lambda: jax.random.key(2)),
-    )
-
-
 def make_state(plan, batch, longest):
     """A batch whose pages are full of random numbers, its lengths still to be set."""
-    like = abstract_state(plan, batch, longest)
-    table = np.random.default_rng(0).permutation(like.block_table.size).astype(np.int32)
+    pages = -(-longest // PAGE)
+    table = np.random.default_rng(0).permutation(batch * pages).astype(np.int32)
 
     @jax.jit
     def fill(key):
-        shape = (FILLING_PAGES, *like.cache.shape[1:])
+        shape = FILLING_PAGES, PAGE, 1, plan.config.entry_dim
         some = jax.random.normal(key, shape, jnp.float32).astype(plan.dtype)
-        return some[jnp.arange(like.cache.shape[0]) % FILLING_PAGES]
+        return some[jnp.arange(plan.config.layers * batch * pages) % FILLING_PAGES]
 
     return State(
         fill(jax.random.key(1)),
-        jnp.asarray(table.reshape(like.block_table.shape)),
-        *(jnp.zeros(batch, x.dtype) for x in (like.lengths, like.token, like.done)),
+        jnp.asarray(table.reshape(batch, pages)),
+        *(jnp.zeros(batch, dtype) for dtype in (jnp.int32, jnp.int32, bool)),
         jax.random.key(2),
     )
+
+
+def abstract_state(*args):
+    """The shapes of what make_state makes."""
+    return jax.eval_shape(functools.partial(make_state, *args))
 
 
 def without_attention(q, k_cache, block_table, cache_seqlens, head_dim_v, *args, **kwargs):
@@ -233,13 +214,10 @@ class Batch:
         state, self.state = self.state, None
         state = self.make() if state is None else state
         batch = len(state.lengths)
-        state = jax.block_until_ready(
-            dataclasses.replace(
-                state,
-                lengths=jnp.full(batch, lengths, jnp.int32),
-                token=jnp.arange(batch, dtype=jnp.int32),
-            )
-        )
+        lengths = jnp.full(batch, lengths, jnp.int32)
+        token = jnp.arange(batch, dtype=jnp.int32)
+        state = dataclasses.replace(state, lengths=lengths, token=token)
+        jax.block_until_ready(state)
         began = time.perf_counter()
         self.state = jax.block_until_ready(run(state))
         return time.perf_counter() - began
@@ -251,9 +229,8 @@ class Batch:
 
 def measure_form(params, form, batch, context, program, state):
     """A step; the context is what the last step sees."""
-    seconds = state.median(
-        lambda state: program(params, state)[1], context - form.steps, form.bursts
-    )
+    first = context - form.steps
+    seconds = state.median(lambda state: program(params, state)[1], first, form.bursts)
     ms = seconds / form.steps * 1e3
     stats = jax.devices()[0].memory_stats() or {}
     return {
@@ -295,7 +272,7 @@ def measure(run, plan, figures):
                 continue
             row = figure.columns | figure_row(figure, program, state)
             print(f"{figure.section} {figure.case}: {row.get('ms') or row['why']}", flush=True)
-            run.add(OP_NAME, figure.section, figure.case, row)
+            run.results.add(OP_NAME, figure.section, figure.case, row)
         del state  # before there is another cache
     if left_out:
         run.error(f"out of time: {left_out} figures are left out; the same command goes on")
@@ -319,9 +296,8 @@ def main(argv=None):
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     plan = smoke_plan() if options.smoke else full_plan()
     run = Run(options, "_model")
-    params = jax.block_until_ready(
-        random_weights(plan.config, jax.random.key(0), jnp.dtype(plan.dtype))
-    )
+    params = random_weights(plan.config, jax.random.key(0), jnp.dtype(plan.dtype))
+    jax.block_until_ready(params)
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 1e12)
     weights = {"model": NAME, "weights_bytes": bytes_of(params), "bytes_limit": limit}
     run.results.data.update(weights)
@@ -342,32 +318,20 @@ def by_shape(rows):
     return list(lines.values())
 
 
-def time_of(form):
-    """The time of a form, or why there is none."""
-
-    def text(line):
-        row = line.get(form, {})
-        return f"{row['ms']:.2f}" if "ms" in row else row.get("why", "")
-
-    return text
+def time_of(row, digits):
+    """The time of a row, or why there is none."""
+    return f"{row['ms']:.{digits}f}" if "ms" in row else row.get("why", "")
 
 
-def quotient(top, bottom):
+def quotient(line, top, bottom):
     """One form's time over another's."""
-
-    def value(line):
-        found = [line.get(form, {}).get("ms") for form in (top, bottom)]
-        return found[0] / found[1] if all(found) else None
-
-    return value
+    found = [line.get(form, {}).get("ms") for form in (top, bottom)]
+    return found[0] / found[1] if all(found) else None
 
 
-def attention_share(form):
-    def share(line):
-        left = quotient("without", form)(line)
-        return None if left is None else 1 - left
-
-    return share
+def attention_share(line, form):
+    left = quotient(line, "without", form)
+    return None if left is None else 1 - left
 
 
 def peak(line):
@@ -391,28 +355,26 @@ def report_on(page, results):
     if not results:
         return
     page.section(
-        "In a whole model",
-        STEP.format(gigabytes=results["weights_bytes"] / 1e9),
+        "In a whole model", STEP.format(gigabytes=results["weights_bytes"] / 1e9),
         by_shape(report.of(results["rows"], OP_NAME, "step")),
         [
             ("batch x context", lambda line: f"{line['batch']} x {line['context']}", ""),
             ("cache GB", lambda line: line["cache_bytes"] / 1e9, ".1f"),
-            ("ms a step", time_of("cuda"), ""),
+            ("ms a step", lambda line: time_of(line.get("cuda", {}), 2), ""),
             ("tokens/s", lambda line: line.get("cuda", {}).get("tokens_per_s"), ".0f"),
-            ("share of attention", attention_share("cuda"), ".0%"),
-            ("reference: ms a step", time_of("xla"), ""),
-            ("share", attention_share("xla"), ".0%"),
-            ("times", quotient("xla", "cuda"), ".1f"), ("peak GB", peak, ".1f"),
+            ("share of attention", lambda line: attention_share(line, "cuda"), ".0%"),
+            ("reference: ms a step", lambda line: time_of(line.get("xla", {}), 2), ""),
+            ("share", lambda line: attention_share(line, "xla"), ".0%"),
+            ("times", lambda line: quotient(line, "xla", "cuda"), ".1f"),
+            ("peak GB", peak, ".1f"),
         ],
         level=2,
     )  # fmt: skip
     page.section(
-        "Reading a prompt",
-        PREFILL,
-        report.of(results["rows"], OP_NAME, "prefill"),
+        "Reading a prompt", PREFILL, report.of(results["rows"], OP_NAME, "prefill"),
         [
             ("prompt", "prompt", ""), ("tokens a chunk", "chunk", ""),
-            ("ms", lambda row: f"{row['ms']:.1f}" if "ms" in row else row["why"], ""),
+            ("ms", lambda row: time_of(row, 1), ""),
             ("tokens/s", "tokens_per_s", ".0f"),
             ("temporary GB", lambda row: row.get("temporary_bytes", 0) / 1e9 or None, ".2f"),
         ],

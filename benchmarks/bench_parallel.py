@@ -14,10 +14,12 @@ import functools
 import math
 import sys
 
+import bench_dense_decode as dense
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_dense_decode import HEAD_DIM_K, HEAD_DIM_V, OP, DenseDecode, check_results
+from bench_dense_decode import HEAD_DIM_K, HEAD_DIM_V
+from core.bench import significant
 from core.op import MIN_BYTES_IN_ALL
 from core.rounds import DonatedRound
 from core.run import Run, parse, parser_of
@@ -27,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_flashmla as mla
 
-OP_NAME, DEVICES, PAGE = "parallel_decode", 2, 64
+OP, DEVICES, PAGE = dataclasses.replace(dense.OP, name="parallel_decode"), 2, 64
 CHECKED_SEQUENCES = 4
 
 # How the arguments (q, k_cache, block_table, lengths) and the results (out, lse) are split.
@@ -144,9 +146,7 @@ def compiled_round(case, kind, devices, implementation, qs, pool, tables, length
     def put(x, spec):
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    def function(*arguments):
-        return decode_calls(kind, implementation, *arguments)
-
+    function = functools.partial(decode_calls, kind, implementation)
     specs = [results] * case.calls
     mapped = jax.shard_map(
         function, mesh=mesh, out_specs=specs,
@@ -171,18 +171,18 @@ def compiled_round(case, kind, devices, implementation, qs, pool, tables, length
 
 def errors(case, qs, pool, tables, lengths, rounds):
     """{column: the largest error of any call of any round}, beside float32."""
-    shape = DenseDecode(case.h_q, case.s_q, case.batch, case.length)
-    check = jax.jit(functools.partial(check_results, shape, sample=CHECKED_SEQUENCES))
+    shape = dense.DenseDecode(case.h_q, case.s_q, case.batch, case.length)
+    check = jax.jit(functools.partial(dense.check_results, shape, sample=CHECKED_SEQUENCES))
     found = []
     for i, q in enumerate(qs):
         results = [jax.device_put(r.results[i], jax.devices()[0]) for r in rounds]
         found.append(check(pool, lengths, (tables[i % len(tables)], q), results))
-    return {name: float(f"{np.max([one[name] for one in found]):.3g}") for name in found[0]}
+    return {name: significant(np.max([one[name] for one in found])) for name in found[0]}
 
 
-def measure(case, devices, options):
+def measure(options, case):
     qs, pool, alone, split, lengths = make_inputs(case)
-    implementation = "xla" if options.smoke else "cuda"
+    devices, implementation = jax.devices()[:DEVICES], "xla" if options.smoke else "cuda"
     rounds = {
         name: compiled_round(case, kind, those, implementation, qs, pool, tables, lengths)
         for name, kind, those, tables in (
@@ -191,31 +191,20 @@ def measure(case, devices, options):
     }  # fmt: skip
     timings = time_rounds(
         {name: each.round for name, each in rounds.items()},
-        repeats=options.repeats, seconds=options.seconds, rest=options.rest,
+        repeats=options.repeats, rest=options.rest,
     )  # fmt: skip
     one, two = timings["one"], timings["two"]
-    return dataclasses.asdict(case) | {
+    row = dataclasses.asdict(case) | {
         "one_us": round(one.us, 2), "two_us": round(two.us, 2),
         "speedup": round(one.us / two.us, 3), "exchanged_bytes": case.exchanged_bytes,
         **errors(case, qs, pool, alone, lengths, rounds.values()),
         "host_us": round(two.host_us, 2), "spread": round(max(one.spread, two.spread), 4),
     }  # fmt: skip
+    return {case.name: row}
 
 
-def run_cases(run):
-    cases = SMOKE if run.options.smoke else CASES
-    print(f"{'case':38s} {'one us':>9s} {'two us':>9s} {'speedup':>8s}")
-    for case in cases:
-        if not run.wanted(OP_NAME, "two", case.name):
-            continue
-        if run.out_of_time(case.name):
-            break
-        row = run.guarded(case.name, measure, case, jax.devices()[:DEVICES], run.options)
-        if row is not None:
-            wrong = OP.wrong(row)
-            run.add(OP_NAME, "two", case.name, row, wrong)
-            print(f"{case.name:38s} {row['one_us']:9.2f} {row['two_us']:9.2f} "
-                  f"{row['speedup']:7.2f}x{'  WRONG' if wrong else ''}", flush=True)  # fmt: skip
+def text_of(name, row):
+    return f"{name:38s} {row['one_us']:9.2f} {row['two_us']:9.2f} {row['speedup']:7.2f}x"
 
 
 def main(argv=None):
@@ -225,7 +214,10 @@ def main(argv=None):
     if len(jax.devices()) < DEVICES:
         raise SystemExit(f"needs {DEVICES} devices, JAX sees {len(jax.devices())}")
     run = Run(options, f"_x{DEVICES}", devices=DEVICES)
-    run_cases(run)
+    cases = SMOKE if options.smoke else CASES
+    cases = [case for case in cases if run.wanted(OP.name, "two", case.name)]
+    print(f"{'case':38s} {'one us':>9s} {'two us':>9s} {'speedup':>8s}")
+    run.measure_each(OP, "two", cases, functools.partial(measure, options), text_of)
     return run.finish()
 
 

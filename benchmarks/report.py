@@ -54,7 +54,10 @@ def page_of(name, data, model, docs):
     if ceilings := data["ceilings"]:
         text += CEILINGS.format(**ceilings)
     page = report.Page(card.name, text, commit)
-    bench_dense_decode.report_on(page, data["rows"], docs / f"speed{tail}.svg")
+    report.decode_section(
+        page, bench_dense_decode.OP, "Dense decode", bench_dense_decode.ABOUT, data["rows"],
+        docs / f"speed{tail}.svg",
+    )  # fmt: skip
     bench_dense_sections.report_on(page, data["rows"], docs / f"growth{tail}.svg")
     bench_model.report_on(page, model)
     report.op_tables(page, bench_chunk_attention.OP, data["rows"], bench_chunk_attention.ABOUT)

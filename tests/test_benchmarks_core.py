@@ -392,7 +392,8 @@ def test_a_library_is_found_and_its_version(tmp_path, monkeypatch):
     (tmp_path / "vllm-0.33.0.dist-info").mkdir()
     assert peers.version_of(library) == "vllm 0.33.0"
     monkeypatch.delenv("SOME_SO")
-    assert peers.find_library(library.name, "SOME_SO") is None  # vllm is not installed
+    with pytest.raises(FileNotFoundError, match="set SOME_SO or install vllm"):
+        peers.find_library(library.name, "SOME_SO")
 
 
 # -------------------- Profiles, sustained load
@@ -436,7 +437,7 @@ class FakeNvml:
 def test_sustained_load_is_timed_and_read(nvml, monkeypatch):
     """By a clock that a busy machine does not make late; the readings take real time."""
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(power, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     meter = power.Meter(found=False)
     meter.nvml, pending = nvml, []
 

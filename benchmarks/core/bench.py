@@ -1,6 +1,7 @@
 """Measures an Op: compiles its cases, times them beside the peers, checks every result."""
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from core import cards, ceilings, profiling, report
-from core.power import Meter, sustain
+from core.power import Meter, attempt, sustain
 from core.rounds import Compiler, Inputs, OpRound, Programs
 from core.run import Run, parse, parser_of
 from core.timing import Round, time_rounds
@@ -32,47 +33,46 @@ class Machine:
 
     def __init__(self, op, options):
         self.card = cards.card_of(jax.devices()[0].device_kind)
-        self.peers = [] if options.no_peer else list(filter(None, map(opened(options), op.peers)))
+        finds = [] if options.no_peer else op.peers
+        what = "peer, timing without it"
+        found = [attempt(functools.partial(find, options), what) for find in finds]
+        self.peers = [peer for peer in found if peer is not None]
         self.meter = Meter(found=not options.smoke)
 
-    @property
-    def sm_clock(self):
-        return self.meter.nvml.mhz if self.meter.nvml is not None else None
+
+def significant(error):
+    return float(f"{error:.3g}")
 
 
-def opened(options):
-    def open_peer(find):
-        try:
-            return find(options)
-        except Exception as error:
-            print(f"no peer, timing without it: {type(error).__name__}: {error}", flush=True)
-            return None
-
-    return open_peer
+def quality(timing, errors):
+    """The columns on how good a timing is; errors are {column: error}."""
+    return {name: significant(value) for name, value in errors.items()} | {
+        "spread": round(timing.spread, 4), "host_us": round(timing.host_us, 2),
+    }  # fmt: skip
 
 
 class Bench:
     """What cases that share a pool have in common: the pool, the peers, the compiled programs."""
 
     def __init__(
-        self, op, cases, run, machine, *, kinds=("given", "made"), sets_checked=None,
-        with_peers=True, max_round_us=math.inf, repeats=None, rest=None,
+        self, op, cases, run, machine, *, alone=False, sets_checked=None, max_round_us=math.inf,
+        repeats=None, rest=None,
     ):  # fmt: skip
         """Draws the pool.
 
         Args:
           op, cases: an Op, and some of its cases that have one pool key.
           run, machine: as above.
-          kinds: of our rounds: with what is prepared "given", or "made" by each call.
+          alone: whether only calls with what is prepared given to them are timed: no call that
+            prepares for itself, no peer, no baseline.
           sets_checked: how many calls of a round are checked; None: all.
-          with_peers: whether peers are timed.
           max_round_us: a round has fewer calls where this would be passed at the floor.
           repeats, rest: of a timing, instead of the run's.
         """
         self.op, self.cases, self.options, self.machine = op, cases, run.options, machine
-        self.kinds = kinds if op.prepare is not None else kinds[:1]
+        self.kinds = ("given",) if alone or op.prepare is None else ("given", "made")
         self.sets_checked, self.max_round_us = sets_checked, max_round_us
-        self.peers = machine.peers if with_peers else []
+        self.alone, self.peers = alone, [] if alone else machine.peers
         self.repeats = repeats or self.options.repeats
         self.rest = self.options.rest if rest is None else rest
         self.pool = jax.block_until_ready(op.pool(cases, self.calls))
@@ -94,7 +94,7 @@ class Bench:
         return [(peer, way) for peer in self.peers for way in peer.ways(case) or ()]
 
     def has_baseline(self, case):
-        brief = self.options.quick or self.options.profile
+        brief = self.alone or self.options.quick or self.options.profile
         return bool(self.op.baseline) and not brief and (
             self.options.smoke or case in self.op.baseline
         )  # fmt: skip
@@ -134,11 +134,8 @@ class Bench:
             calls, loops = BASELINE_CALLS, 1
         return OpRound(self.compiler[key, kind], inputs, prepared, calls, loops)
 
-    def times(self, rounds, repeats=None, sm_clock=None):
-        return time_rounds(
-            rounds, repeats=repeats or self.repeats, seconds=self.options.seconds,
-            rest=self.rest, sm_clock=sm_clock,
-        )  # fmt: skip
+    def times(self, rounds, repeats=None, **options):
+        return time_rounds(rounds, repeats=repeats or self.repeats, rest=self.rest, **options)
 
     def check(self, case, inputs, results):
         """{column: the largest error over the calls that are checked, for each of `results`}."""
@@ -157,19 +154,18 @@ class Bench:
             found[kind] = Timed(ours.round, ours.results)
         for peer, way in self.ways(case):
             name = f"{peer.name}, {way}" if way else peer.name
-            try:
-                round_, results = peer.prepare(case, way, inputs.pool, inputs.shared, inputs.owns)
-                found[name] = Timed(round_, results, way, peer.column)
-            except Exception as error:
-                print(f"{case.name}: no {name}: {type(error).__name__}: {error}", flush=True)
+            arguments = case, way, inputs.pool, inputs.shared, inputs.owns
+            prepared = attempt(functools.partial(peer.prepare, *arguments), f"{name}, {case.name}")
+            if prepared is not None:
+                found[name] = Timed(*prepared, way, peer.column)
         return found
 
     def measure(self, case):
-        """One result row."""
+        """{the case's name: its result row}."""
         inputs = self.inputs(case)
         timed = self.prepared(case, inputs)
         rounds = {name: each.round for name, each in timed.items()}
-        times = self.times(rounds, sm_clock=self.machine.sm_clock)
+        times = self.times(rounds, sm_clock=self.machine.meter.sm_clock)
         results = [each.results for each in timed.values()]
         missing = len(self.kinds) + len(self.ways(case)) - len(results)
         found = self.check(case, inputs, results + missing * results[:1])  # it takes that many
@@ -180,7 +176,7 @@ class Bench:
         if self.has_baseline(case):
             baseline = self.op_round(case, inputs, "xla").round
             row["jax_us"] = round(self.times({"xla": baseline}, repeats=3)["xla"].us, 1)
-        return row | self.sustained(case, rounds, times, row["peer"])
+        return {case.name: row | self.sustained(case, rounds, times, row["peer"])}
 
     def row(self, case, times, errors):
         """Our columns."""
@@ -189,12 +185,9 @@ class Bench:
         if "made" in times:
             row["us_with_schedule"] = round(times["made"].us, 2)
         row |= {"floor_us": round(floor, 2), "of_floor": round(floor / ours.us, 4)}
-        for name, values in errors.items():
-            row[name] = float(f"{np.max([values[kind] for kind in self.kinds]):.3g}")
-        return row | {
-            "spread": round(ours.spread, 4), "host_us": round(ours.host_us, 2),
-            "host_bound": ours.host_bound, "sm_mhz": ours.sm_mhz,
-        }  # fmt: skip
+        largest = {name: np.max([of[kind] for kind in self.kinds]) for name, of in errors.items()}
+        row |= quality(ours, largest)
+        return row | {"host_bound": ours.host_bound, "sm_mhz": ours.sm_mhz}
 
     def sustained(self, case, rounds, times, peer):
         """The columns of sustained load, for the cases that the card's power limits."""
@@ -241,7 +234,7 @@ def peer_columns(us, timed, times, errors, right):
     best = min(theirs, key=lambda name: times[name].us)
     peer_us = times[best].us
     columns = {"peer": best, "peer_us": round(peer_us, 2), "ratio": round(peer_us / us, 4)}
-    columns["peer_rel_err"] = float(f"{errors[best]:.3g}")
+    columns["peer_rel_err"] = significant(errors[best])
     if len(theirs) > 1:
         columns |= {f"peer_{timed[n].way}_us": round(times[n].us, 2) for n in theirs}
     return columns | beside
@@ -253,32 +246,23 @@ HEADER = (
 )
 
 
-def print_row(name, row, wrong):
+def text_of(name, row):
     made, peer_us, ratio = (
         row.get(key) or math.nan for key in ("us_with_schedule", "peer_us", "ratio")
     )
     late = "  (the host may be too slow)" if row["host_bound"] else ""
-    print(
+    return (
         f"{name:24s} {row['us']:8.2f} {made:8.2f} {row['floor_us']:8.2f} {row['of_floor']:6.1%} "
         f"{peer_us:8.2f} {ratio:6.3f} {row['rel_err']:8.1e} {row['spread']:6.1%} "
-        f"{row['sm_mhz'] or 0:5d}{late}{'  WRONG' if wrong else ''}", flush=True,
-    )  # fmt: skip
+        f"{row['sm_mhz'] or 0:5d}{late}"
+    )
 
 
-def measure_all(run, bench, section):
-    """A row for every case of a bench; a case that fails is noted and the others go on."""
+def measure_all(run, bench, section, text=text_of, header=HEADER):
+    """The rows of every case of a bench."""
     bench.compile()
-    print(f"compiled after {run.elapsed():.0f} s\n{HEADER}", flush=True)
-    for number, case in enumerate(bench.cases):
-        left = f"{section}: {len(bench.cases) - number} cases left, from {case.name}"
-        if run.out_of_time(left):
-            break
-        row = run.guarded(f"{section} {case.name}", bench.measure, case)
-        if row is not None:
-            wrong = bench.op.wrong(row)
-            run.add(bench.op.name, section, case.name, row, wrong)
-            print_row(case.name, row, wrong)
-    bench.compiler.close()
+    print(f"compiled after {run.elapsed():.0f} s", header, sep="\n", flush=True)
+    run.measure_each(bench.op, section, bench.cases, bench.measure, text)
 
 
 def groups(op, cases):
@@ -316,8 +300,7 @@ def table(run, machine, op):
             run.results.data["ceilings"] = ceilings.measure(largest) | run.results.stamp
         measure_all(run, bench, "table")
         del bench  # and its pool, before there is another
-    rows = [row for row in run.results.rows if (row["op"], row["section"]) == (op.name, "table")]
-    print(report.summary(rows), flush=True)
+    print(report.summary(report.of(run.results.rows, op.name, "table")), flush=True)
 
 
 def profile(run, machine, op):
@@ -343,7 +326,6 @@ def parse_arguments(doc, argv, sections):
     parser.add_argument("--profile", action="store_true", help="the kernels of each case's round")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--vllm", help="version of the peer's vllm, where its wheel is not there")
-    parser.add_argument("--implementation", choices=["cuda", "xla"])
     parser.add_argument("--sustain", type=float, default=0.15, help="seconds of sustained load for "
                         "the cases that power limits; 0: none")  # fmt: skip
     options = parse(parser, argv, sections)
@@ -351,7 +333,7 @@ def parse_arguments(doc, argv, sections):
         options.sustain = 0.01
     if options.quick:
         options.repeats = min(options.repeats, 3)
-    options.implementation = options.implementation or ("xla" if options.smoke else "cuda")
+    options.implementation = "xla" if options.smoke else "cuda"
     # PyTorch needs a share of the memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     if options.profile and not options.smoke:

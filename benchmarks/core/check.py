@@ -1,9 +1,12 @@
 """How far timed results are from those in float32."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+
+CHECKED_TOKENS = 4096  # at a time, in float32
 
 
 def relative(found, expected):
@@ -63,3 +66,24 @@ def attend(q, tokens, steps, d_v, scale):
     top, total, acc = jax.lax.fori_loop(0, steps, step, start)
     out = acc / jnp.where(total > 0, total, 1.0)[..., None]
     return out, jnp.where(total > 0, top + jnp.log(total), jnp.inf).T
+
+
+def attend_paged(q, pool, table, lengths, d_v, scale, causal):
+    """`attend` of every sequence over a paged cache: out [b, s, h, d_v], lse [b, h, s]."""
+    page, d_k = pool.shape[1], pool.shape[-1]
+    pages = min(max(CHECKED_TOKENS // page, 1), table.shape[1])
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages)))
+
+    def one_sequence(one):
+        q, table, length = one
+        # The first key that each query does not see.
+        end = length - (jnp.arange(q.shape[0])[::-1] if causal else 0)
+
+        def tokens(i):
+            ids = jax.lax.dynamic_slice_in_dim(table, i * pages, pages)
+            seen = i * pages * page + jnp.arange(pages * page) < jnp.reshape(end, (-1, 1))
+            return pool[ids].reshape(-1, d_k), seen
+
+        return attend(q, tokens, -(-length // (pages * page)), d_v, scale)
+
+    return jax.lax.map(one_sequence, (q, table, lengths), batch_size=math.gcd(len(lengths), 4))

@@ -1,13 +1,71 @@
-"""Inputs that several ops need: a pool of random tokens, and block tables into it."""
+"""Inputs that several ops need: the shape of a decode, a pool of random tokens, block tables."""
 
+import dataclasses
 import functools
 import math
+import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from core.op import Case
+
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 POOL_CHUNK_TOKENS = 65536
 MAX_POOL_TOKENS = 67584 * 64  # 5 GB of 576 columns; a call that needs more gets more
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedDecode(Case):
+    """`batch` sequences of `mean_len` tokens, or of around as many; causal where s_q is above 1."""
+
+    h_q: int
+    s_q: int
+    batch: int
+    mean_len: int
+    varlen: bool = False
+    dtype: str = "bf16"
+    page_block_size: int = 64
+
+    @property
+    def name(self):
+        tail = "v" if self.varlen else ""
+        tail += "" if self.dtype == "bf16" else f"-{self.dtype}"
+        tail += "" if self.page_block_size == 64 else f"-p{self.page_block_size}"
+        return f"h{self.h_q}-s{self.s_q}-{self.batch}x{self.mean_len}{tail}"
+
+    @property
+    def shape_key(self):
+        return dataclasses.replace(self, varlen=False)
+
+    @property
+    def causal(self):
+        return self.s_q > 1
+
+    def lengths(self):
+        """The sequence lengths; ragged ones are the same draw in every run."""
+        if not self.varlen:
+            return [self.mean_len] * self.batch
+        rng, spread = random.Random(0), self.mean_len / 2
+        return [int(max(rng.normalvariate(self.mean_len, spread), 2)) for _ in range(self.batch)]
+
+    def pages(self):
+        """How many pages a call reads."""
+        return sum(math.ceil(n / self.page_block_size) for n in self.lengths())
+
+    @functools.cached_property
+    def table_width(self):
+        """Columns of the block table: the same for a uniform case and its ragged twin."""
+        ragged = dataclasses.replace(self, varlen=self.batch > 1)
+        return math.ceil(max(self.mean_len, *ragged.lengths()) / self.page_block_size)
+
+    def tables(self, pool_pages, calls):
+        """The lengths, which all calls share, and the block table of each call."""
+        lengths, page = self.lengths(), self.page_block_size
+        tables = page_tables(lengths, page, self.table_width, pool_pages, calls)
+        return np.asarray(lengths, np.int32), list(tables)
 
 
 def random_pool(needs, page, width, dtype):

@@ -13,12 +13,12 @@ from core.timing import Round
 
 
 def find_library(name, variable):
-    """The path of a shared object of vllm: $`variable`, or an installed vllm's; None without."""
+    """The path of a shared object of vllm: $`variable`, or an installed vllm's."""
     path = os.environ.get(variable)
     if path is None:
         vllm = importlib.util.find_spec("vllm")
-        if vllm is None or not vllm.submodule_search_locations:
-            return None
+        if vllm is None:
+            raise FileNotFoundError(f"set {variable} or install vllm")
         path = pathlib.Path(vllm.submodule_search_locations[0]) / name
     path = pathlib.Path(path)
     if not path.exists():
@@ -31,6 +31,15 @@ def version_of(path, given=None):
     folders = [folder.name for folder in path.parent.parent.glob("vllm-*.dist-info")]
     found = given or (folders[0].removesuffix(".dist-info").split("-")[1] if folders else None)
     return f"vllm {found or 'of unknown version'}"
+
+
+def load_flashmla(options):
+    """(FlashMLA's functions in PyTorch, what rows call it)."""
+    path = find_library("_flashmla_C.abi3.so", "FLASHMLA_SO")
+    import torch
+
+    torch.ops.load_library(str(path))
+    return torch.ops._flashmla_C, f"FlashMLA ({version_of(path, options.vllm)})"
 
 
 def graph_round(prepare, arrays, inputs):

@@ -41,26 +41,36 @@ class Svg:
         path.write_text("\n".join([*self.parts, "</svg>"]) + "\n", encoding="utf-8")
 
 
-def draw_ratios(path, title, labels, axis, rows, legend):
-    """Ratios of a peer's time to ours: a line of dots for each shape.
+# Light to dark with the number of heads.
+HEAD_COLORS = {16: "#9ecae1", 32: "#4292c6", 64: "#08519c", 128: "#081d58"}
+
+
+def draw_ratios(path, title, rows, label, peer):
+    """The ratios of a decode's rows: a line of dots for each batch x length, a dot for each case.
 
     Args:
       path: of the file.
-      title, labels, axis: over the plot, over the names of the shapes, below the plot.
-      rows: {name of a shape: [(ratio, colour, whether the dot is filled)]}.
-      legend: [(text, colour, filled)].
+      title: over the plot.
+      rows: result rows, each with a ratio.
+      label: of a row, the name of its line.
+      peer: whose time is over ours.
     """
+    lines = {}
+    for row in sorted(rows, key=lambda r: (r["batch"], r["mean_len"], r["varlen"], r["h_q"])):
+        dot = row["ratio"], HEAD_COLORS[row["h_q"]], row["s_q"] == 1
+        lines.setdefault(label(row).replace("x", TIMES), []).append(dot)
+    legend = [(f"{heads} heads", color, True) for heads, color in HEAD_COLORS.items()]
+    legend.append(("hollow: 2 queries a sequence", GREY, False))
     left, right, top, step = 162, 780, 84, 24
-    bottom = top + step * len(rows)
-    last = max(ratio for dots in rows.values() for ratio, *_ in dots)
-    first, last = 0.9, math.ceil(10 * last + 1) / 10
+    bottom = top + step * len(lines)
+    first, last = 0.9, math.ceil(10 * max(row["ratio"] for row in rows) + 1) / 10
     svg = Svg(800, bottom + 56)
 
     def x(ratio):
         return left + (right - left) * (ratio - first) / (last - first)
 
     svg.text(16, 28, title, font_size=17, font_weight="bold")
-    svg.text(left - 14, 56.5, labels, "end", fill=GREY)
+    svg.text(left - 14, 56.5, f"batch {TIMES} length", "end", fill=GREY)
     place = left + 8
     for text, color, filled in legend:
         svg.dot(place, 52, color, filled)
@@ -72,8 +82,9 @@ def draw_ratios(path, title, labels, axis, rows, legend):
         svg.line(x(tenth / 10), top - 8, x(tenth / 10), bottom)
         svg.text(x(tenth / 10), bottom + 18, f"{tenth / 10:.1f}", "middle", fill=GREY)
     svg.line(x(1), top - 8, x(1), bottom, INK, stroke_width=1.5)
+    axis = f"{peer}'s time / ours: right of 1.0 we are faster"
     svg.text((left + right) / 2, bottom + 42, axis, "middle", fill=GREY)
-    for i, (name, dots) in enumerate(rows.items()):
+    for i, (name, dots) in enumerate(lines.items()):
         y = top + step * (i + 0.5) - 4
         svg.text(left - 14, y + 4.5, name, "end")
         svg.line(left, y, right, y, stroke_dasharray="1 3")

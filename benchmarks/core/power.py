@@ -8,9 +8,8 @@ import dataclasses
 import math
 import statistics
 import threading
-import time
 
-from core import timing
+from core.timing import Round, burst
 
 SAMPLE_SECONDS = 0.002
 PROBE_NANOSECONDS = 50_000
@@ -111,6 +110,9 @@ class Meter:
         self.nvml = attempt(Nvml, "NVML") if found else None
         self.probe = attempt(ClockProbe, "clock probe") if found else None
 
+    def sm_clock(self):
+        return self.nvml and self.nvml.mhz()
+
 
 class Sampler:
     """Reads NVML in a thread, as a context manager. It stops at the first reading that fails."""
@@ -145,24 +147,11 @@ class Sampler:
         return tuple(round(statistics.median(values)) for values in zip(*later, strict=True))
 
 
-def _burst(round_, rounds, meanwhile=lambda: None):
-    start = time.perf_counter()
-    for _ in range(rounds):
-        round_.enqueue()
-    found = meanwhile()
-    round_.wait()
-    return time.perf_counter() - start, found
-
-
 def _probed(probe):
-    try:
-        return round(statistics.median(probe.mhz() for _ in range(PROBES)))
-    except Exception as error:
-        print(f"no clock: {type(error).__name__}: {error}", flush=True)
-        return None
+    return attempt(lambda: round(statistics.median(probe.mhz() for _ in range(PROBES))), "clock")
 
 
-def sustain(round_: timing.Round, us, seconds, meter):
+def sustain(round_: Round, us, seconds, meter):
     """Times calls of about `us` under a load of `seconds`, and reads clock and power.
 
     The first burst warms the card up and the second is timed. The third follows at once and is not
@@ -171,10 +160,10 @@ def sustain(round_: timing.Round, us, seconds, meter):
     rounds = max(1, math.ceil(1e6 * seconds / (us * round_.calls)))
     few = max(1, round(PROBED_PART * rounds))
     with Sampler(meter.nvml) as sampler:
-        _burst(round_, few)
-        elapsed, _ = _burst(round_, rounds)
+        burst(round_, few)
+        elapsed, _ = burst(round_, rounds)
     mhz, watts = sampler.medians()
     if meter.probe is not None:
-        _, probed = _burst(round_, few, lambda: _probed(meter.probe))
+        _, probed = burst(round_, few, lambda: _probed(meter.probe))
         mhz = probed or mhz
     return Sustained(1e6 * elapsed / (rounds * round_.calls), mhz, watts)

@@ -6,6 +6,8 @@ import re
 import statistics
 import textwrap
 
+from core import plots
+
 GATE = 1.0  # never slower than the peer
 
 SUSTAINED = """
@@ -122,6 +124,20 @@ def op_tables(page, op, rows, text=""):
             ("times", lambda row: row["jax_us"] / row["us"], ".1f"),
         ],
     )  # fmt: skip
+
+
+def decode_section(page, op, title, about, rows, plot):
+    """The section of a decode: what it is, its ratios as a picture in `plot`, its tables."""
+    found = of(rows, op.name, "table")
+    if not found:
+        return
+    names = ", ".join(sorted({row["peer"] for row in found if row["peer"]}))
+    page.add(f"## {title}", wrapped(about.format(peer=names or "absent")), summary(found))
+    if names:
+        peer, compared = names.split(" (")[0], [row for row in found if row["ratio"]]
+        plots.draw_ratios(plot, f"{title} beside {peer}, one {page.card}", compared, op.label, peer)
+        page.add(f"![time of {peer} over ours, by case]({plot.name})")
+    op_tables(page, op, rows)
 
 
 def gate_failures(op, results):

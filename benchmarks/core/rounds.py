@@ -124,9 +124,6 @@ class Compiler:
             if count % 25 == 0 or count == len(self._jobs):
                 print(f"compiled {count} of {len(self._jobs)}", flush=True)
 
-    def close(self):
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
     def __getitem__(self, key):
         return self._jobs[key].result()
 

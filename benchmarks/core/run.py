@@ -24,7 +24,6 @@ def parser_of(doc, sections):
                         "same command goes on")  # fmt: skip
     parser.add_argument("--commit", help="commit to record, where there is no .git")
     parser.add_argument("--repeats", type=int, default=7, help="repeats of a timing")
-    parser.add_argument("--seconds", type=float, default=0.005, help="length of a burst")
     parser.add_argument("--rest", type=float, default=0.05, help="seconds before a burst")
     parser.add_argument("--sections", default=",".join(sections), help="some of %(default)s")
     return parser
@@ -93,11 +92,22 @@ class Run:
             raise SystemExit("the device no longer works")
         return None
 
-    def add(self, op, section, case, row, wrong=""):
-        """A row, and what of its results is wrong: then the run fails."""
-        if wrong:
-            self.wrong.append(f"{section} {case}: WRONG, {wrong}")
-        self.results.add(op, section, case, row)
+    def measure_each(self, op, section, cases, measure, text):
+        """Adds the rows of each case, measure(case) -> {name: row}, and prints text(name, row).
+
+        A case that fails is noted and the others go on. Wrong results fail the run.
+        """
+        for number, case in enumerate(cases):
+            left = f"{section}: {len(cases) - number} cases left, from {case.name}"
+            if self.out_of_time(left):
+                break
+            rows = self.guarded(f"{section} {case.name}", measure, case) or {}
+            for name, row in rows.items():
+                wrong = op.wrong(row)
+                if wrong:
+                    self.wrong.append(f"{section} {name}: WRONG, {wrong}")
+                self.results.add(op.name, section, name, row)
+                print(f"{text(name, row)}{'  WRONG' if wrong else ''}", flush=True)
 
     def finish(self):
         """Writes the file a last time; returns the exit status."""

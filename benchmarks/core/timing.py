@@ -33,12 +33,18 @@ class Timing:
         return self.host_us > 0.8 * self.us
 
 
-def _seconds(round_, rounds):
+def nothing():
+    pass
+
+
+def burst(round_, rounds, meanwhile=nothing):
+    """(the seconds of so many rounds, what `meanwhile` returns while the device is still busy)."""
     start = time.perf_counter()
     for _ in range(rounds):
         round_.enqueue()
+    found = meanwhile()
     round_.wait()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, found
 
 
 def _host_seconds(round_):
@@ -50,7 +56,7 @@ def _host_seconds(round_):
     return enqueued
 
 
-def time_rounds(rounds, *, repeats, seconds, rest=0.0, sm_clock=None):
+def time_rounds(rounds, *, repeats, seconds=0.005, rest=0.0, sm_clock=nothing):
     """Times rounds that take turns: {name: Round} -> {name: Timing}.
 
     A repeat is a burst of rounds that lasts about `seconds`, and a second burst of three times as
@@ -60,31 +66,25 @@ def time_rounds(rounds, *, repeats, seconds, rest=0.0, sm_clock=None):
     """
     counts, host, times, clocks = {}, {}, {}, {}
     for name, round_ in rounds.items():
-        _seconds(round_, 3)
-        each = min(_seconds(round_, 2) for _ in range(2)) / 2
+        burst(round_, 3)
+        each = min(burst(round_, 2)[0] for _ in range(2)) / 2
         counts[name] = max(1, round(seconds / each))
         host[name] = statistics.median(_host_seconds(round_) for _ in range(3))
         times[name] = []
     for repeat in range(repeats):
+        meanwhile = sm_clock if repeat == repeats - 1 else nothing
         for name, round_ in rounds.items():
             time.sleep(rest)
-            short = _seconds(round_, counts[name])
+            short, _ = burst(round_, counts[name])
             time.sleep(rest)
-            start = time.perf_counter()
-            for _ in range(3 * counts[name]):
-                round_.enqueue()
-            # The clock is read while the device still works through what is enqueued.
-            if sm_clock is not None and repeat == repeats - 1:
-                clocks[name] = sm_clock()
-            round_.wait()
-            elapsed = time.perf_counter() - start - short
-            times[name].append(1e6 * elapsed / (2 * counts[name] * round_.calls))
+            long, clocks[name] = burst(round_, 3 * counts[name], meanwhile)
+            times[name].append(1e6 * (long - short) / (2 * counts[name] * round_.calls))
     return {
         name: Timing(
             us=statistics.median(values),
             spread=(max(values) - min(values)) / statistics.median(values),
             host_us=1e6 * host[name] / rounds[name].calls,
-            sm_mhz=clocks.get(name),
+            sm_mhz=clocks[name],
         )
         for name, values in times.items()
     }
