@@ -303,6 +303,11 @@ def table(run, machine, op):
     print(report.summary(report.of(run.results.rows, op.name, "table")), flush=True)
 
 
+# A kernel launched as a programmatic dependent may start this much before the one ahead of it has
+# ended. It then waits for that one: 0.06 to 0.29 us were seen on an H200.
+MAX_OVERLAP_US = 0.5
+
+
 def profile(run, machine, op):
     """Profiles every case; status 1 if calls of ours overlap or none could be profiled."""
     found = []
@@ -314,7 +319,7 @@ def profile(run, machine, op):
     known = [value for value in found if value is not None]
     worst = max(known, default=math.nan)
     print(f"largest overlap of two of our calls, {len(known)} cases: {worst:.2f} us")
-    return 0 if worst <= 0 else 1
+    return 0 if worst <= MAX_OVERLAP_US else 1
 
 
 def parse_arguments(doc, argv, sections):
