@@ -168,11 +168,11 @@ OP = Op(
 
 ABOUT = """
 The attention of the last chunk of a context, from the queries of each head to its values, with
-the dimensions of DeepSeek-V2-Lite. The op absorbs the queries into the latent space and takes the
-result out of it. The peer gathers the latents from their pages, expands them into keys and values
-of each head, and calls `jax.nn.dot_product_attention`: cuDNN with a mask; cuDNN over all tokens
-before the chunk and, causal, over the chunk, merged by `merge_attention_states` ("cudnn_split");
-XLA with a mask. Its fastest way counts."""
+the dimensions of DeepSeek-V2-Lite. Our time includes the absorption of the queries into the latent
+space and the projection of the result out of it. The peer gathers the latents from their pages,
+expands them into keys and values of each head, and calls `jax.nn.dot_product_attention` in three
+ways: cuDNN with a mask; cuDNN once over all tokens before the chunk and once, causal, over the
+chunk, merged by `merge_attention_states` ("cudnn_split"); XLA with a mask. The fastest counts."""
 
 if __name__ == "__main__":
     sys.exit(bench.main(OP, __doc__))

@@ -140,8 +140,8 @@ OP = Op(
 
 ABOUT = """
 `flash_mla_with_kvcache`, d_k 576, d_v 512, one KV head; `s_q` 2 is causal. "+ schedule" is a call
-that makes its own schedule. The peer is {peer}. Floor: 2·h_q·s_q·Σlen·(d_k+d_v) FLOP; the bytes of
-cache, queries and outputs."""
+that makes its own schedule. The peer is {peer}. The floor counts 2·h_q·s_q·Σlen·(d_k+d_v) FLOP, and
+the bytes of cache, queries and outputs."""
 
 if __name__ == "__main__":
     sys.exit(bench.main(OP, __doc__))

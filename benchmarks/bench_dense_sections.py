@@ -331,21 +331,22 @@ GROWTH_COLORS = {"jax_flashmla": "#0969da", "FlashMLA": "#bc4c00"}
 
 ABOUT_LAYERS = """
 A jitted step makes the schedule and calls the op for each layer. All layers' pages lie in one
-buffer, and the step moves its block table by layer. Alone: as many calls of the kernel on the same
-pages. Microseconds a layer. Host: what the host takes to enqueue the step, with three arrays a
-layer to pass; where that is as long as the step, the host is what is timed. Graphs and commands:
-how many CUDA graphs, and how many commands outside of them, XLA's plan of the step launches.
-Caches: how many layers have pages of their own; the others use these again. "scan, graphs of 1" is
-compiled with `xla_gpu_graph_min_graph_size=1`. Without it XLA makes no graph of a loop's body that
-has fewer than 5 commands."""
+buffer, and each layer offsets the block table to its own pages. Times are microseconds a layer.
+Alone: as many calls of the kernel on the same pages. Host: the time that the host takes to enqueue
+the step, with three arrays a layer to pass. If that is as long as the step, the figure is the
+host's time. Graphs and commands: how many CUDA graphs the compiled step launches, and how many
+commands outside of them. Caches: how many layers have pages of their own; the other layers reuse
+these pages. "scan, graphs of 1" is compiled with `xla_gpu_graph_min_graph_size=1`. Without it XLA
+makes no graph of a loop's body that has fewer than 5 commands."""
 
 ABOUT_FIXED = """
-With `fixed_split_size` a sequence's result is the same bits in every batch. Beside it the default
-schedule; the two take turns. `max_seqlen` is what the block table has room for."""
+With `fixed_split_size` a sequence's result has the same bits in every batch. It is compared with
+the default schedule; the two take turns. `max_seqlen` is what the block table has room for."""
 
 ABOUT_GROWTH = """
-Shares of the floor. 3 repeats; 4 sequences of one call are compared with float32. No call reads a
-page twice. A batch of 1 below 4096 tokens finds its pages in the L2."""
+The plot shows shares of the floor. Each case has 3 repeats, and 4 sequences of one call are
+compared with float32. No call reads a page twice. At batch 1 with fewer than 4096 tokens the pages
+are in the L2."""
 
 
 def long_name(row):
@@ -368,7 +369,7 @@ def report_on(page, rows, plot):
     more = ("more", lambda row: row["to_twin"] - 1, "+.1%"), ("rel. error", "rel_err", ".1e")
     page.section(
         "fp16 and page sizes",
-        "Each beside the same case in bf16 with pages of 64. The two take turns.",
+        "Each is compared with the same case in bf16 with pages of 64. The two take turns.",
         found["variants"],
         [
             ("case", long_name, ""), ("dtype", "dtype", ""), ("page", "page_block_size", ""),

@@ -341,13 +341,13 @@ def peak(line):
 
 STEP = """
 `python benchmarks/bench_model.py`: examples/deepseek with random weights of DeepSeek-V2-Lite's
-dimensions ({gigabytes:.1f} GB in bfloat16). A greedy step of the whole model, beside the same model
-with attention by the reference. Share: how much of the step goes when attention is left out. GB:
-the cache, and the most that was in use up to then."""
+dimensions ({gigabytes:.1f} GB in bfloat16). A greedy step of the whole model is compared with a
+step whose attention is the reference. Share of attention: how much shorter the step is without
+attention. Peak GB: the most memory in use up to then."""
 
 PREFILL = """
-The same model reads a prompt of random tokens, alone, in chunks: each is a step with that many
-queries, through the same op."""
+The same model reads a single prompt of random tokens in chunks. Each chunk is a step with that many
+queries, and uses the same op."""
 
 
 def report_on(page, results):

@@ -24,9 +24,9 @@ MAIN_CARD = "h200"
 INTRO = """
 Drawn by `python benchmarks/report.py --card {name}`: {device}, commit `{commit}`.
 
-Microseconds a call with `implementation="cuda"`, median. A call is one of the 8 to 64 of a jitted
-function. Each reads pages of its own, in random order, from a pool of random data. Together the
-calls name 256 MB of tokens or more, so that the L2 does not serve them. The schedule is made
+The tables have the median of microseconds a call, with `implementation="cuda"`. A jitted function
+makes 8 to 64 calls. Each call reads pages of its own, in random order, from a pool of random data.
+Together the calls read 300 MB of tokens or more, which do not fit into the L2. The schedule is made
 beforehand. A peer is another library's kernel, timed in the same run on the same inputs, replayed
 from a CUDA graph. Every output is compared with float32. [How it is
 timed](../benchmarks/README.md#the-rules-of-timing).

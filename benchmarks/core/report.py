@@ -11,9 +11,9 @@ from core import plots
 GATE = 1.0  # never slower than the peer
 
 SUSTAINED = """
-The cases that the card's power limits, for 0.15 s without a rest, after a warm-up: the card draws
-as much as it may, and the SM clock falls. The clock is measured on the device right after. The
-power is NVML's."""
+Cases that reach the card's power limit, run for 0.15 s without a rest, after a warm-up. The card
+draws as much power as it may, and the SM clock falls. The clock is measured on the device right
+after. The power is NVML's."""
 
 
 def mean(ratios):
