@@ -32,7 +32,7 @@ def as_array(name: str, value: Any) -> jax.Array:
 
 
 def _refuse_partial_sums(name: str, x: jax.Array) -> None:
-    """Refuses arrays typed as unreduced or reduced over a mesh axis, in and out of shard_map."""
+    """Refuses arrays typed as unreduced or reduced over a mesh axis, in shard_map and outside."""
     aval = jax.typeof(x)
     spec, manual = aval.sharding.spec, aval.manual_axis_type
     if axes := spec.unreduced | manual.unreduced:
@@ -119,13 +119,13 @@ def check_decode_shapes(q: Any, k_cache: Any, head_dim_v: int, dtypes: Iterable[
 
 
 def check_implementation(implementation: str) -> None:
-    """Checks an op's argument of that name."""
+    """Checks the argument `implementation` of an op."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
 
 
 def check_offset_has_mask(causal: bool) -> None:
-    """Checks that a causal_offset, which was given, comes with causal=True."""
+    """Checks that a call with a causal_offset has causal=True."""
     if not causal:
         raise ValueError(
             "causal_offset moves the boundary of the causal mask, which causal=False turns off; "

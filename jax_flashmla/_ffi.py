@@ -28,10 +28,10 @@ else:
     _IMPORT_ERROR = None
 
 COMPUTE_CAPABILITY = "9.0"
-"""That of Hopper GPUs, the only one that has the instructions which the kernels use."""
+"""That of Hopper GPUs. The kernels use instructions that no other GPU has."""
 
 EXPORT_DISABLED_CHECKS = tuple(map(export.DisabledSafetyCheck.custom_call, TARGETS))
-"""Pass this to `jax.export.export` as `disabled_checks`, so that it lets the kernels' calls pass.
+"""Pass this to `jax.export.export` as `disabled_checks`, so that it accepts calls of our kernels.
 
 `jax.export` refuses custom calls that it does not know to be stable. An exported program calls the
 kernels by name: the process that runs it must import jax_flashmla.
@@ -47,7 +47,7 @@ Example:
 """
 
 DEFAULT_SM_COUNT = 132
-"""The SM count of an H100 or H200 SXM, taken where this machine has no CUDA device."""
+"""The SM count of an H100 or H200 SXM, used if this machine has no CUDA device."""
 
 
 def _runtime_ffi_api() -> tuple[int, int] | None:
@@ -96,8 +96,8 @@ def local_cuda_devices() -> list[jax.Device]:
 def sm_count() -> int:
     """The SM count of this machine's first CUDA device, DEFAULT_SM_COUNT where there is none.
 
-    It comes from the driver and starts no JAX backend, so that it may be asked for while a function
-    is traced: the answer is the same before jax.distributed.initialize and after.
+    It comes from the driver and starts no JAX backend, so it may be called while a function is
+    traced. The answer is the same before jax.distributed.initialize and after.
     """
     count = getattr(_C, "sm_count", lambda: None)()
     return DEFAULT_SM_COUNT if count is None else int(count)
@@ -107,8 +107,8 @@ def sm_count() -> int:
 def non_hopper_device() -> str | None:
     """The first local CUDA device that is not a Hopper GPU, in words; None where there is none.
 
-    Also None where no CUDA device is visible, as in lowering for another machine. There the handler
-    itself refuses a wrong device.
+    Also None where no CUDA device is visible, as in lowering for another machine. On that machine
+    the handler itself refuses a wrong device.
     """
     for device in local_cuda_devices():
         capability = str(device.compute_capability)

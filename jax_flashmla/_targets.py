@@ -1,6 +1,6 @@
 """The FFI targets: the names by which programs call the kernels, one line a handler.
 
-The build reads this list too: for each name there is a handler of that name in cuda/.
+The build reads this list too. Each name is that of a handler in cuda/.
 """
 
 TARGETS = (

@@ -30,17 +30,17 @@ def append_kv_cache(
 ) -> jax.Array:
     """Writes tokens into slots of the paged cache, in place, and returns the cache.
 
-    Inside jit the cache is updated in place where it is not used afterwards, in loops too. Keep it
-    in the loop's carry, and donate it to the jitted function
-    (`jax.jit(step, donate_argnums=...)`). Outside jit nothing is donated, so that the whole cache
-    is copied.
+    Inside jit the cache is updated in place if the old one is not used afterwards, in loops too.
+    Keep it in the loop's carry, and donate it to the jitted function
+    (`jax.jit(step, donate_argnums=...)`). Outside jit nothing is donated, so the whole cache is
+    copied.
 
     One buffer may hold the pages of all layers. Then offset slots and block tables by layer.
 
-    Under vmap the cache must be mapped. It is updated in place where it is mapped along axis 0, in
-    and out. For jax.export with symbolic sizes, give `jax.export.symbolic_shape` a constraint that
+    Under vmap the cache must be mapped. It is updated in place if it is mapped along axis 0, in and
+    out. For jax.export with symbolic sizes, give `jax.export.symbolic_shape` a constraint that
     bounds the slots of all examples to int32, such as "n*p <= 33554431" for n caches of p pages of
-    64 tokens. Without it "auto" is the reference too, which is right for any sizes.
+    64 tokens. Without it "auto" runs the reference, which works for any sizes.
 
     Paged caches are described in https://arxiv.org/abs/2309.06180.
 
@@ -48,8 +48,8 @@ def append_kv_cache(
       k_cache: [num_blocks, page_block_size, h_kv, d_k], bf16, fp16 or f32.
       new_kv: [tokens, h_kv, d_k] in k_cache's dtype; or [tokens, d_k] where h_kv is 1.
       slot_mapping: i32 [tokens], page_id * page_block_size + offset for each token, as
-        `get_slot_mapping` gives it. A slot outside the pool, a negative one too, writes nothing.
-        Where two slots are equal, each element of the slot gets one of the two tokens' values.
+        `get_slot_mapping` gives it. A slot outside the pool, such as -1, writes nothing. If two
+        slots are equal, each element of the slot gets one of the two tokens' values.
       implementation: "auto": our kernel on a Hopper GPU, the reference in JAX ops elsewhere.
         "cuda": the kernel or an error. "xla": the reference.
 
@@ -119,7 +119,7 @@ def get_slot_mapping(
     page = static_int("page_block_size", page_block_size)
     index = jnp.where(positions < 0, block_table.shape[1], positions // page)
     page_id = jnp.take_along_axis(block_table, index, axis=1, mode="fill", fill_value=-1)
-    # A garbage entry must not overflow to a slot that belongs to another sequence.
+    # A garbage entry must not overflow into the slot of another sequence.
     addressable = (page_id >= 0) & (page_id <= (INT32_MAX - page + 1) // page)
     return jnp.where(addressable, jnp.where(addressable, page_id, 0) * page + positions % page, -1)
 
@@ -176,9 +176,9 @@ def _batch(
 
 
 def _int32_holds_slots(n: Any, pool: Any, implementation: str) -> bool:
-    """Whether the slots of n caches of `pool` slots fit into int32; False where nobody can say.
+    """Whether int32 holds the slots of n caches of `pool` slots.
 
-    That is so for symbolic sizes (jax.export) without a constraint.
+    False if the sizes are symbolic (jax.export) and no constraint decides it.
     """
     try:
         fits = n * pool <= INT32_MAX
@@ -186,9 +186,9 @@ def _int32_holds_slots(n: Any, pool: Any, implementation: str) -> bool:
         if implementation == "cuda":
             raise NotImplementedError(
                 f"vmap of append_kv_cache over {n} caches of {pool} slots, with "
-                f'implementation="cuda": the sizes must be at most {INT32_MAX} slots in all, which '
-                "cannot be told of symbolic sizes; pass jax.export.symbolic_shape the constraint "
-                f'"{n * pool} <= {INT32_MAX}", or pass implementation="auto" or "xla"'
+                f'implementation="cuda": there must be at most {INT32_MAX} slots in all, '
+                "which symbolic sizes do not guarantee; pass jax.export.symbolic_shape the "
+                f'constraint "{n * pool} <= {INT32_MAX}", or pass implementation="auto" or "xla"'
             ) from None
         return False
     if not fits:

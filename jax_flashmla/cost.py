@@ -1,4 +1,4 @@
-"""The cost of a call: figures that XLA does not know of a custom call."""
+"""The cost of a call, which XLA does not know for custom calls."""
 
 from typing import Any
 
@@ -30,18 +30,18 @@ def decode_cost(
     """The work of one call of `flash_mla_with_kvcache`, under the names that XLA gives it.
 
     XLA does not know the cost of a custom call, so `cost_analysis()` of a program leaves the kernel
-    out. Add this to it, once for each call. It is the least that the call has to do, with each
+    out. Add this to it, once for each call. It is the least work that the call has to do, with each
     operand and result moved once. It counts neither the kernel's padding of query rows nor its
     partial results.
 
     Args:
       q: [b, s_q, h_q, d_k]. Only shape and dtype of this and of k_cache matter.
       k_cache: [num_blocks, page_block_size, h_kv, d_k].
-      cache_seqlens: [b] integers, tokens of each sequence; values, not a traced array. A negative
-        one counts as 0.
+      cache_seqlens: [b] integers, tokens of each sequence; not a traced array. A negative one
+        counts as 0.
       head_dim_v: d_v.
       causal: as in the call.
-      causal_offset: [b] integers as in the call, values like cache_seqlens; default 0, only with
+      causal_offset: [b] integers as in the call, not a traced array; default 0, only with
         causal. Tokens that it hides from every query of a sequence are not counted.
 
     Returns:

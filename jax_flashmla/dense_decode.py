@@ -51,9 +51,8 @@ def flash_mla_with_kvcache(
     https://arxiv.org/abs/2405.04434.
 
     Lengths and tables may be traced values. Wrong values in them, which only the device can see,
-    never cause a read out of bounds. A sequence whose length exceeds its table, or that needs a
-    page id outside the pool, gets NaN in all of its out and softmax_lse. A negative length counts
-    as 0.
+    never cause a read out of bounds. If a sequence is longer than its table, or needs a page id
+    outside the pool, all of its out and softmax_lse is NaN. A negative length counts as 0.
 
     Args:
       q: [b, s_q, h_q, d_k], bf16, fp16 or f32.
@@ -61,17 +60,17 @@ def flash_mla_with_kvcache(
         slots may hold anything, NaN too.
       block_table: i32 [b, max_blocks], the pages of each sequence in order. Entries after a
         sequence's last page are never used.
-      cache_seqlens: i32 [b], tokens of each sequence, with those of q.
+      cache_seqlens: i32 [b], tokens of each sequence in the cache, including those of q.
       head_dim_v: d_v, at most d_k.
       tile_scheduler_metadata, num_splits: the schedule from `get_mla_metadata`, made once a step
-        for all layers. Without both of them each call makes its own. A schedule made for other
+        for all layers. If you pass neither, each call makes its own. A schedule made for other
         lengths also gives right results, only slower.
       softmax_scale: a static Python number, finite and above 0; default d_k ** -0.5.
       causal: query i of a sequence sees its first cache_seqlens - s_q + 1 + i tokens.
       causal_offset: i32 [b], default 0, only with causal. It moves that boundary: query i sees
-        token j where j < cache_seqlens and j <= cache_seqlens - s_q + i + causal_offset. This is
-        for a cache that holds only a run of each sequence's tokens, so that the queries may come
-        later. Any int32 is valid.
+        token j if j < cache_seqlens and j <= cache_seqlens - s_q + i + causal_offset. Use it if the
+        cache holds only a run of each sequence's tokens and the queries come later than its end.
+        Any int32 is valid.
       implementation: "auto": our kernel on a Hopper GPU, the reference in JAX ops elsewhere.
         "cuda": the kernel or an error. "xla": the reference.
 
@@ -119,7 +118,7 @@ def flash_mla_with_kvcache(
 
     rows = s_q * h_q // h_kv
     schedule = _schedule_arrays(tile_scheduler_metadata, num_splits, b, rows, h_kv)
-    num_parts = None  # where there is a schedule, it says this
+    num_parts = None  # a given schedule has its number of parts
     if not schedule:
         num_parts = default_num_parts(rows, h_kv)
     out, lse = flash_mla_with_kvcache_op(
@@ -154,7 +153,7 @@ def _schedule_arrays(
     rows: int,
     h_kv: int,
 ) -> tuple[jax.Array, ...]:
-    """Checks a call's schedule; returns its three arrays, or () where the call has none."""
+    """Checks a call's schedule; returns its three arrays, or () if the call has none."""
     if isinstance(num_splits, TileSchedulerMetadata):
         raise TypeError(
             "num_splits must be an array, got a TileSchedulerMetadata; pass "
@@ -201,7 +200,7 @@ def _schedule_and_offset(
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     """Splits the operands after the first four: 3 or none of a schedule, 1 or none of an offset.
 
-    A call has num_parts where it makes its own schedule.
+    num_parts is None if the call was given a schedule.
     """
     count = 3 if num_parts is None else 0
     return operands[:count], operands[count:]
@@ -269,7 +268,7 @@ def _kernel(
     ]
     target = "jax_flashmla_dense_decode" if schedule else "jax_flashmla_schedule_and_decode"
     call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(*type_) for type_ in types])
-    # The kernel takes the rows that share a KV head side by side, ordered (s_q, group).
+    # The kernel wants the rows of a KV head to be contiguous, ordered (s_q, group).
     if h_kv > 1 and s_q > 1:
         q = q.reshape(b, s_q, h_kv, group, d_k).transpose(0, 2, 1, 3, 4)
     out, lse, *_ = call(
@@ -327,7 +326,7 @@ def _batch(
     q, block_table, cache_seqlens, *causal_offset = (
         x.reshape(-1, *x.shape[2:]) for x in (q, block_table, cache_seqlens, *causal_offset)
     )
-    if schedule:  # it was made for the batch of one example, so make one for the folded batch
+    if schedule:  # it was made for the batch of one example; make one for the folded batch
         bounds_shape = [size for axis, size in enumerate(args[4].shape) if axis != dims[4]]
         parts = bounds_shape[0] - 1
         schedule = get_mla_metadata_op(
@@ -354,7 +353,7 @@ def _batch(
 
 
 def _fold_caches(k_cache: jax.Array, block_table: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Makes one cache of n, in which cache i is the i-th run of pages.
+    """Makes one cache of n caches. Cache i becomes the i-th run of pages.
 
     Args:
       k_cache: [n, num_blocks, ...].

@@ -17,16 +17,16 @@ _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Attention over all keys, from its results over disjoint parts of the keys.
 
-    Exact up to rounding: each part counts with its share, exp(lse) / sum of exp(lse). This is how
-    online softmax joins blocks of keys (https://arxiv.org/abs/1805.02867). The parts may come in
-    any order. The arithmetic is float32.
+    Exact up to rounding: the weight of each part is exp(lse) / sum of exp(lse), as in online
+    softmax (https://arxiv.org/abs/1805.02867). The parts may come in any order. The arithmetic is
+    float32.
 
     Args:
       outs: [n, b, s_q, h_q, d_v], bf16, fp16 or f32, each the attention over its part alone.
       lses: f32 [n, b, h_q, s_q], natural logarithm of each part's sum of exponentials. Infinity
         means that the query sees no key in the part, as in the results of
-        `flash_mla_with_kvcache`. Such a part counts for nothing, whatever its out holds. NaN, an
-        invalid sequence in some part, makes the whole sequence's results NaN.
+        `flash_mla_with_kvcache`. Such a part adds nothing, whatever its out holds. If a sequence is
+        NaN in one part, because it is invalid there, its merged results are NaN.
 
     Returns:
       out: [b, s_q, h_q, d_v] in outs' dtype; 0 for a query that sees no key in any part.
@@ -52,7 +52,7 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     for lses_axis, outs_axis, name in ((0, 0, "n"), (1, 1, "b"), (2, 3, "h_q"), (3, 2, "s_q")):
         check_axis("lses", lses, lses_axis, outs.shape[outs_axis], f"the {name} of outs")
 
-    # Only the result holds infinities, so that jax_debug_infs stops at nothing else.
+    # Make no infinities on the way to the result, because jax_debug_infs would stop at them.
     empty = jnp.isinf(lses)
     lowest = float(np.finfo(np.float32).min)
     maximum = jnp.where(empty, lowest, lses).max(axis=0)
@@ -74,14 +74,14 @@ def merge_attention_states_across(
 ) -> tuple[jax.Array, jax.Array]:
     """`merge_attention_states` of one part on each device, inside jax.shard_map.
 
-    The results are the same on every device along axis_name and are typed so: out_specs need not
-    name the axis.
+    The results are the same on every device along axis_name, and their type says so: out_specs need
+    not name the axis.
 
     It takes one collective: an all-gather of out, in its own dtype, together with lse's bits. Each
     device receives b * s_q * h_q * (d_v * itemsize + 4) bytes from each of the n - 1 others. An
     all-reduce of weighted sums in float32 would move fewer bytes from n = 4 on (for 16-bit outs).
-    But it needs the largest lse first, a second collective to wait for, and at the sizes of a
-    decode step the number of waits counts most.
+    But it would need the largest lse first, which takes a second collective. In a decode step
+    waiting for one more collective costs more than the bytes.
 
     Args:
       out: [b, s_q, h_q, d_v], bf16, fp16 or f32, the attention over this device's keys.
@@ -138,7 +138,7 @@ def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
 def _pack(out: jax.Array, lse: jax.Array) -> jax.Array:
     """One array of both: [b, s_q, h_q, d_v + 4 / itemsize], of unsigned integers.
 
-    Integers, so that nothing on the way treats lse's bits as floating-point numbers.
+    As integers, so that nothing treats lse's bits as floating-point numbers on the way.
     """
     bits = jnp.dtype(f"uint{8 * out.dtype.itemsize}")
     lse_bits = jax.lax.bitcast_convert_type(jnp.swapaxes(lse, 1, 2), bits)

@@ -25,9 +25,9 @@ _SERIALIZED_NAME = "jax_flashmla.TileSchedulerMetadata"
 def _class_of_earlier_import() -> Any:
     """TileSchedulerMetadata as an earlier import of this module defined it, None the first time.
 
-    jax.export keeps a class for the life of the process and takes no second one under its name. So
-    importlib.reload (and %autoreload in a notebook) must keep it, and with it the schedules that
-    exist.
+    jax.export keeps a registered class for the life of the process and refuses a second class of
+    the same name. So importlib.reload (and %autoreload in a notebook) must keep the class. Then
+    schedules made before the reload still work.
     """
     for class_ in object.__subclasses__():
         if (class_.__module__, class_.__qualname__) == (__name__, "TileSchedulerMetadata"):
@@ -42,8 +42,8 @@ _earlier_class = _class_of_earlier_import()
 class TileSchedulerMetadata:
     """The schedule of one decode step, made by `get_mla_metadata`; a pytree.
 
-    What the arrays hold may change between versions. The other attributes say which calls of
-    `flash_mla_with_kvcache` the schedule serves: those with this batch, these query rows per KV
+    The contents of the arrays may change between versions. The other attributes say which calls of
+    `flash_mla_with_kvcache` the schedule is for: those with this batch, these query rows per KV
     head and these KV heads.
 
     Attributes:
@@ -51,7 +51,7 @@ class TileSchedulerMetadata:
       first_part: i32 [batch], the first part that works on each sequence.
       num_heads_per_head_k: query rows per KV head, s_q * h_q / h_kv. Static.
       num_heads_k: KV heads, h_kv. Static.
-      fixed_split_size: tokens of a split where they are all of one size, else None. Static.
+      fixed_split_size: tokens of a split if all have the same size, else None. Static.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_flashmla as fm
@@ -70,12 +70,12 @@ class TileSchedulerMetadata:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         return self.first_part.shape[-1]
 
     @property
     def num_parts(self) -> int:
-        """Parts of the work."""
+        """Number of parts that the work is cut into."""
         return self.part_bounds.shape[-2] - 1
 
     def __eq__(self, other: object) -> bool:
@@ -140,22 +140,22 @@ def get_mla_metadata(
     The work is cut into equal shares as in FlashMLA (https://github.com/deepseek-ai/FlashMLA). So
     where a sequence is split depends on the whole batch and on the SM count. With fixed_split_size
     it depends on the sequence alone, and the kernel's results for a sequence are the same bits
-    in every batch: docs/tile_scheduler.md says what that takes and costs.
+    in every batch. docs/schedule.md says what that needs and costs.
 
     Args:
-      cache_seqlens: i32 [b], the tokens of each sequence in the cache, with those of this step. A
-        negative length counts as 0.
+      cache_seqlens: i32 [b], the tokens of each sequence in the cache, including those of this
+        step. A negative length counts as 0.
       num_heads_per_head_k: query rows per KV head, s_q * h_q / h_kv.
       num_heads_k: KV heads, h_kv.
-      num_sms: the SMs to spread the work over. Default: those of this machine's first GPU, 132
-        where there is none. Results are right on any SM count. Not with fixed_split_size, where it
-        would change nothing.
+      num_sms: the number of SMs to spread the work over. Default: that of this machine's first
+        GPU, or 132 if there is none. Results are right on any SM count. Not allowed with
+        fixed_split_size, where it would change nothing.
       fixed_split_size: tokens of a split, a static multiple of 64. Default: no fixed size. The
         scratch memory of a decode then grows with b * ceil(max_seqlen / fixed_split_size).
       max_seqlen: a static bound of the lengths in tokens, such as the block table's width times the
-        page size; with fixed_split_size and only with it. A longer sequence still gets right
-        results: its last split holds all tokens that are left.
-      implementation: "auto", "cuda" or "xla". The integers are the same in each.
+        page size. Required with fixed_split_size, not allowed without it. A longer sequence still
+        gets right results: its last split holds all tokens that are left.
+      implementation: "auto", "cuda" or "xla". The integers are the same with each.
 
     Returns:
       The schedule, and num_splits i32 [b + 1]: the prefix sum of the number of splits of each
@@ -221,7 +221,7 @@ def _local_num_sms() -> int:
 def _fixed_splits(
     fixed_split_size: int | None, max_seqlen: int | None, num_sms: int | None
 ) -> tuple[int, int]:
-    """Checks the arguments; returns the size of a split and the splits of the longest sequence."""
+    """Checks the arguments; returns a split's size and how many splits a sequence may have."""
     if fixed_split_size is None or max_seqlen is None:
         missing = "max_seqlen" if max_seqlen is None else "fixed_split_size"
         raise ValueError(
@@ -271,7 +271,7 @@ def _batch(
     args: Sequence[jax.Array], dims: Sequence[int | None], *, implementation: str, **params: Any
 ) -> tuple[Sequence[jax.Array], Sequence[int]]:
     # Under vmap the decode op folds the batches into one and makes one schedule for it. It drops
-    # the schedules made here, so XLA never computes them. They are right for other uses.
+    # the schedules made here, so XLA never computes them. Other code may still use them.
     results = jax.vmap(lambda lengths: _reference(lengths, **params), in_axes=dims)(*args)
     return results, (0, 0, 0)
 

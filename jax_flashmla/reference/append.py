@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def append(k_cache: jax.Array, new_kv: jax.Array, slot_mapping: jax.Array) -> jax.Array:
     """Writes new_kv [tokens, h_kv, d_k] to slot_mapping i32 [tokens] of k_cache.
 
-    A slot outside the pool writes nothing. XLA updates k_cache in place where it is not used
+    A slot outside the pool writes nothing. XLA updates k_cache in place if the old one is not used
     afterwards.
     """
     pages, page = k_cache.shape[:2]

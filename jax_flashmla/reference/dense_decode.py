@@ -11,11 +11,11 @@ from ._math import ceil_div
 # temporary memory.
 _CHUNK_TOKENS = 1024  # of each sequence
 _CHUNK_ELEMENTS = 2**25  # of K in float32
-_SYMBOLIC_BATCH = 128  # taken for a symbolic batch (jax.export) when the chunk's size is chosen
+_SYMBOLIC_BATCH = 128  # assumed for a symbolic batch (jax.export) when the chunk's size is chosen
 
 
 def _size_or(dim: Any, default: int) -> int:
-    """A dimension, or `default` where it is symbolic."""
+    """A dimension, or `default` if it is symbolic."""
     return dim if isinstance(dim, int) else default
 
 
@@ -32,8 +32,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q over a paged cache, float32 throughout.
 
-    Online softmax (https://arxiv.org/abs/1805.02867): walks over the pages of all sequences at
-    once with a running maximum and sum, up to the end of the longest sequence. So the temporary
+    Online softmax (https://arxiv.org/abs/1805.02867) over chunks of pages, for all sequences at
+    once, with a running maximum and sum, up to the end of the longest sequence. So the temporary
     memory does not grow with the table or the cache.
 
     Args:

@@ -27,16 +27,16 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[ja
     gets the `payload` units from p * payload on. A cut inside a sequence's overhead moves to the
     sequence's start.
 
-    Parts aligned to the sequences are better where they are about as equal: fewer sequences are
-    split, and joining partial results costs time. A part then holds equally many whole sequences,
-    or a sequence has equally many parts. They are taken where the largest one exceeds `payload` by
-    at most 1 / ALIGNED_TOLERANCE. Where a sequence has two parts the first one gets one tile more,
-    so that the other one's result is there when it ends.
+    Parts may instead be aligned to the sequences: each part holds equally many whole sequences, or
+    each sequence has equally many parts. Then fewer sequences are split, which saves time, because
+    partial results must be put together. Aligned parts are used if the largest of them exceeds
+    `payload` by at most 1 / ALIGNED_TOLERANCE. If a sequence has two parts, the first one gets one
+    tile more, so that the second one's result is ready when the first one ends.
 
     Args:
       cache_seqlens: i32 [b], tokens of each sequence; negative ones count as 0.
-      num_parts: the number of runs. The last ones are empty where the work is small (JOIN_COST).
-      rows: query rows of a sequence, those of all KV heads, s_q * h_q.
+      num_parts: the number of runs. The last ones are empty if the work is small (JOIN_COST).
+      rows: query rows of a sequence over all KV heads, s_q * h_q.
 
     Returns:
       part_bounds: i32 [num_parts + 1, 2], (sequence, tile) at which each part starts. (i, 0) lies
@@ -53,8 +53,9 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[ja
     smallest = _smallest_part(total, rows)
     payload = jnp.maximum(ceil_div(total, num_parts), smallest)
 
-    sequences = -(-b // num_parts)  # of an aligned part, or
-    parts = jnp.maximum(jnp.asarray(num_parts // b, jnp.int32), 1)  # aligned parts of a sequence
+    sequences = -(-b // num_parts)  # whole sequences in an aligned part
+    # Aligned parts of a sequence; more than one only if `sequences` is 1.
+    parts = jnp.maximum(jnp.asarray(num_parts // b, jnp.int32), 1)
     last = jnp.minimum(jnp.arange(1, num_parts + 1, dtype=jnp.int32) * sequences, b) - 1
     whole = jnp.max(jnp.diff(end[last], prepend=0))
     largest = jnp.where(parts == 1, whole, jnp.max(ceil_div(tiles, parts)))
@@ -72,7 +73,7 @@ def schedule(cache_seqlens: jax.Array, *, num_parts: int, rows: int) -> tuple[ja
 
 
 def _smallest_part(total: jax.Array, rows: int) -> jax.Array:
-    """The tiles of the smallest part that is worth its partial results, where all cost `total`."""
+    """The minimum size of a part, in tiles, if all work costs `total`; see JOIN_COST."""
     work = jnp.minimum(total, MAX_JOIN_WORK) * min(rows + JOIN_ROWS, MAX_JOIN_ROWS)
     tiles = jnp.arange(1, MAX_MIN_PART, dtype=jnp.int32)
     return 1 + jnp.sum(JOIN_COST * tiles**2 < work, dtype=jnp.int32)
@@ -103,10 +104,10 @@ def fixed_schedule(
 def _equal_parts(
     tiles: jax.Array, end: jax.Array, payload: jax.Array, num_parts: int
 ) -> tuple[jax.Array, ...]:
-    """The schedule of parts of `payload` units each; `end` is where each sequence ends."""
+    """The schedule of parts of `payload` units each; `end`: where each sequence ends."""
     b = tiles.shape[0]
     start = end - tiles - SEQUENCE_OVERHEAD
-    # An empty sequence consists of its overhead. Its one split belongs to the part in which that
+    # An empty sequence has only its overhead. Its one split belongs to the part in which that
     # overhead ends.
     first_part = jnp.minimum(start + SEQUENCE_OVERHEAD, end - 1) // payload
     splits = (end - 1) // payload - first_part + 1
