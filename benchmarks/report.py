@@ -32,7 +32,8 @@ from a CUDA graph. Every output is compared with float32. [How it is
 timed](../benchmarks/README.md#the-rules-of-timing).
 
 **Floor**: the least time that a call can take on this card, max(FLOP / {flops:.0f} TFLOP/s, bytes /
-{bytes:.2f} TB/s). **Share**: floor over time. **Ratio**: the peer's time over ours.
+{bytes:.2f} TB/s). **Share**: floor over time. These rates are constants of the card, so a few large
+calls show a little more than 100%. **Ratio**: the peer's time over ours.
 """
 
 CEILINGS = """
