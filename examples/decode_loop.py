@@ -57,7 +57,7 @@ class Config:
     nope_dim: int = 128  # query/key width of a head without the rotary part
     value_dim: int = 128
     page_size: int = 64
-    weight_dtype: str = "bfloat16"  # of operands of matmuls too; these sum in float32
+    weight_dtype: str = "bfloat16"  # also of matmul operands; matmuls sum in float32
     implementation: str = "auto"
 
     @property
@@ -74,7 +74,7 @@ class DecodeState:
 
     cache: jax.Array  # [layers * num_pages, page_size, 1, 576] bf16: every layer's pages
     block_table: jax.Array  # [b, max_pages] i32: the pages of each sequence, -1 for none yet
-    lengths: jax.Array  # [b] i32: tokens in the cache; negative: padding that is still to be read
+    lengths: jax.Array  # [b] i32: tokens in the cache; negative while padding is left
     free_pages: jax.Array  # [num_pages] i32: the order in which pages are handed out
     num_used: jax.Array  # [] i32: how many of them are in use
 
@@ -393,7 +393,7 @@ def main(argv=None):
     config = Config(
         layers=args.layers,
         heads=args.heads,
-        num_pages=sum(pages),  # none to spare
+        num_pages=sum(pages),  # exactly as many as are needed
         width=args.width,
         page_size=args.page_size,
         # XLA's CPU backend lacks some of the bfloat16 matmuls.

@@ -1,4 +1,4 @@
-"""Inputs of the decode op, what it must give for them, and how close is close enough."""
+"""Inputs of the decode op, the expected results, and the tolerances."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 D_K, D_V = 576, 512
-UNUSED_ENTRY = 2147480000  # stands in table entries that must not be read
+UNUSED_ENTRY = 2147480000  # in table entries that must not be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def random_values(rng, shape, dtype):
 
 
 def make_inputs(case: Case, *, lengths=None, max_blocks=None) -> Inputs:
-    """Random inputs in shuffled pages, with poison in all that must not be read.
+    """Random inputs in shuffled pages, with poison in everything that must not be read.
 
     Unused slots hold NaN, unused table entries UNUSED_ENTRY.
     """
@@ -195,7 +195,7 @@ def assert_bit_equal(actual, expected):
 
 
 def random_arrays(rng, schedule, most):
-    """A schedule like this one, of integers from -most to most - 1 that mean nothing."""
+    """A schedule of the same shapes, filled with random integers from -most to most - 1."""
 
     def draw(like):
         return jnp.asarray(rng.integers(-most, most, like.shape), jnp.int32)

@@ -2,7 +2,7 @@
 
 import os
 
-# XLA compiles for an H200 without one, but only where jax does not look for a driver.
+# XLA can compile for an H200 without a GPU, but only if jax does not look for a driver.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -53,7 +53,7 @@ def quick_compile():
 
 
 class Machine:
-    """Lets a test say what the library finds here. No other file patches private names."""
+    """Lets a test choose what the library finds here. Only this file patches private names."""
 
     _QUERIES = (_ffi.non_hopper_device, _ffi.unavailable_reason, _op._warn_once)
 
@@ -61,12 +61,12 @@ class Machine:
         self._patch = monkeypatch.setattr
 
     def forget(self):
-        """Forgets what was found out before, and which warnings were given."""
+        """Clears what was found before, and which warnings were given."""
         for query in self._QUERIES:
             query.cache_clear()
 
     def takes_kernels(self, unavailable=None):
-        """As a Hopper machine, on which nothing is missing, or what `unavailable` says."""
+        """As a Hopper machine on which nothing is missing, except what `unavailable` says."""
         self._patch(_ffi, "unavailable_reason", lambda: unavailable)
         self._patch(_ffi, "non_hopper_device", lambda: None)
 
@@ -81,7 +81,7 @@ class Machine:
         self._patch(_ffi, "_driver_cuda_version", lambda: driver)
 
     def has_extension(self, ffi_api):
-        """With an extension built for this FFI, none of whose handlers may be registered."""
+        """With an extension built for this FFI version. None of its handlers may be registered."""
         extension = SimpleNamespace(
             build_info=lambda: {"ffi_api": ffi_api, "cudart": 13000},
             handlers=lambda: pytest.fail("registered"),
@@ -92,7 +92,7 @@ class Machine:
         self._patch(_ffi, "sm_count", lambda: 132)
 
     def has_sms(self, count):
-        """As on a GPU, or a part of one, with so many SMs."""
+        """As on a GPU, or a part of one, with this number of SMs."""
         self._patch(schedule, "_local_num_sms", lambda: count)
 
     def cannot_count_sms(self):
@@ -105,7 +105,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch):
-    """What the library finds on this machine, to be changed; see `Machine`."""
+    """To change what the library finds on this machine; see `Machine`."""
     machine = Machine(monkeypatch)
     machine.forget()
     yield machine
@@ -120,7 +120,7 @@ def kernels(machine):
 
 @pytest.fixture(scope="session")
 def h200():
-    """A sharding on one H200 that is not there."""
+    """A sharding on one H200, for compiling without a GPU."""
     return NamedSharding(lowering.h200_mesh((1,), ("x",)), PartitionSpec())
 
 

@@ -20,7 +20,7 @@ VOCAB, ENDS = 97, 5  # tokens, and how many of them end a sequence
 
 
 def loop_weights(seed=0):
-    """The cache, the block table, and what stands for each token: its queries, its cache entry."""
+    """The cache, the block table, and the queries and cache entry of each token."""
     rng = np.random.default_rng(seed)
     b, width = len(STARTS), 17
     order = rng.permutation(b * width).astype(np.int32).reshape(b, width)
@@ -31,7 +31,7 @@ def loop_weights(seed=0):
 
 
 def hashed(out, lse):
-    """A token for each sequence that depends on each bit of its results, by integer arithmetic."""
+    """A token for each sequence. It depends on every bit of the results, by integer arithmetic."""
     bits = jax.lax.bitcast_convert_type(out, jnp.int16).astype(jnp.int32)
     more = jax.lax.bitcast_convert_type(lse, jnp.int32)
     place = jnp.arange(1, bits[0].size + 1, dtype=jnp.int32).reshape(bits[0].shape)
@@ -39,7 +39,7 @@ def hashed(out, lse):
 
 
 def loop_step(weights, implementation, given=True):
-    """One step: appends, makes the schedule and attends, all at lengths that the last one left.
+    """One step: appends, makes the schedule and attends, with the lengths that the last step left.
 
     With `given` false the call makes a schedule of its own.
     """
@@ -76,12 +76,12 @@ def scan(step, state):
 
 
 def while_loop(step, state):
-    """Until every sequence has ended, which only the device knows."""
+    """Steps until every sequence has ended, which only the device knows."""
     return jax.lax.while_loop(lambda s: ~jnp.all(s[4]), lambda s: step(s)[0], state)
 
 
 def cond(step, state):
-    """A step at every turn but the third ones."""
+    """Makes a step at every turn of the loop except each third one."""
 
     def turn(s, i):
         return jax.lax.cond(i % 3 < 2, lambda s: step(s)[0], lambda s: s, s), None

@@ -1,10 +1,10 @@
-"""What the ops must give, worked out slowly in numpy; of the decode op see `cases`."""
+"""Expected results of the ops, computed slowly in numpy. Those of decode are in `cases`."""
 
 import itertools
 
 import numpy as np
 
-TILE, OVERHEAD = 64, 2  # tokens of a tile; what a sequence costs beside its tiles, in tiles
+TILE, OVERHEAD = 64, 2  # tokens of a tile; what a sequence costs besides its tiles, in tiles
 
 
 def expected_append(k_cache, new_kv, slots):
@@ -68,7 +68,7 @@ def slow_schedule(lengths, num_parts, rows):
 def aligned_schedule(tiles, parts, num_parts, smallest):
     """Every sequence has `parts` parts of equally many tiles; a short one leaves some empty.
 
-    Of two parts the first one has a tile more.
+    If there are two parts, the first one has one more tile.
     """
     bounds, num_splits = [], [0]
     for i, count in enumerate(tiles):

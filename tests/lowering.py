@@ -1,4 +1,4 @@
-"""Programs for GPUs that are not there: shapes to lower, StableHLO text, H200s to compile for."""
+"""Programs for GPUs, made without one: shapes to lower, StableHLO text, H200s to compile for."""
 
 import functools
 import importlib.util
@@ -34,7 +34,7 @@ PLATFORMS = [
     pytest.param(("cpu", "cuda"), id="cpu-cuda-on-a-gpu", marks=pytest.mark.gpu),
     pytest.param(("cuda",), id="cuda-on-a-gpu", marks=pytest.mark.gpu),
 ]
-"""For which platforms a program is exported, and where it is then run."""
+"""The platforms for which a program is exported, and the one on which it then runs."""
 
 
 def struct(shape, dtype=jnp.bfloat16, **options):
@@ -59,11 +59,11 @@ def custom_calls(text):
 
 
 PASSED_ON = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "call"}
-"""What `operations_on` finds that neither writes nor copies."""
+"""Operations in the result of `operations_on` that neither write nor copy."""
 
 
 def operations_on(elements, hlo):
-    """The names of the operations that make an array of so many elements."""
+    """The names of the operations whose result has this number of elements."""
     names = set()
     for result, name in re.findall(
         r"^ *(?:ROOT )?%\S+ = (.*?) ([a-z][a-z0-9-]*)\(", hlo, re.MULTILINE
@@ -95,7 +95,7 @@ def skip_compiling(reason):
 
 @functools.cache
 def h200_mesh(sizes, names):
-    """A mesh of H200s that are not there."""
+    """A mesh of H200s, for compiling without a GPU."""
     if importlib.util.find_spec("jax_plugins") is None or (
         importlib.util.find_spec("jax_plugins.xla_cuda13") is None
     ):

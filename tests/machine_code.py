@@ -1,9 +1,9 @@
-"""The machine code of the built extension: what it holds, and the table of what it should hold.
+"""The machine code of the built extension, and the table of what it should hold.
 
     python tests/machine_code.py              prints what differs from the table
     python tests/machine_code.py --update     writes the table anew, machine_code.json
 
-A change of the table belongs into the commit that causes it, and is explained there.
+Commit a change of the table together with its cause, and explain it in the commit.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("machine_code.json")
 COUNTED = ("HGMMA", "UTMALDG", "LDL", "STL")
-# What another compiler may change of a figure that is not 0.
+# How much a figure that is not 0 may differ with another compiler.
 OTHER_COMPILER = 0.1
 
 
@@ -44,7 +44,7 @@ def sass():
 
 
 def instructions(code):
-    """How often each instruction stands in `code`, without modifiers; padding left out."""
+    """How often each instruction occurs in `code`, without modifiers and padding."""
     pattern = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
     counts = collections.Counter(re.findall(pattern, code, flags=re.MULTILINE))
     del counts["NOP"]
@@ -133,7 +133,7 @@ def readable(mangled):
 
 
 def figures():
-    """What the table holds, of the extension as it is built."""
+    """The table for the extension as it is built."""
     used, kernels = resources(), {}
     for mangled, code in sass().items():
         name, usage, counts = readable(mangled), used[mangled], instructions(code)
@@ -161,9 +161,9 @@ def write_table(found, path=TABLE):
 
 
 def differences(table, found):
-    """What `found` has otherwise than `table`, a line each.
+    """How `found` differs from `table`, one line for each difference.
 
-    The compiler of the table gives exactly its figures; another one may differ a little.
+    The compiler that made the table must give exactly its figures; another one may differ a little.
     """
     tolerance = 0 if table["compiler"] == found["compiler"] else OTHER_COMPILER
     lines = []

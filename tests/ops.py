@@ -1,4 +1,4 @@
-"""The table of ops: a row says of an op what the tests of common properties need to know.
+"""The table of ops. A row has what the tests of common properties need to know about one op.
 
 A property that every op must have (vmap gives what a loop gives, a donated cache stays in place,
 a program for a GPU calls the kernel once, ...) is tested once, over the rows of this table:
@@ -6,7 +6,7 @@ a program for a GPU calls the kernel once, ...) is tested once, over the rows of
     @ops.each()                         # every row
     @ops.each(lambda row: row.targets)  # the rows of ops that have a kernel
 
-A new op adds a row to ROWS, with its operands, its call and what it must give. What only this op
+A new op adds a row to ROWS, with its operands, its call and its expected results. What only this op
 does is tested in its own file.
 """
 
@@ -63,7 +63,7 @@ class Operand:
 class Schedule:
     """A schedule as an operand: a pytree, made for random lengths by `make(lengths)`.
 
-    A schedule of other lengths gives right results too, so that it need not fit the other operands.
+    A schedule of other lengths gives right results too, so it need not fit the other operands.
     """
 
     make: Callable
@@ -100,7 +100,7 @@ class OpRow:
       expected: (*numpy arrays) -> the results, worked out independently.
       assert_close: (actual, expected) -> raises where they differ by too much; takes tuples.
       sizes: the length of each axis in small calls that the kernel can run too.
-      primitive: the op's name in jaxprs and messages; None where it is made of JAX's own ops.
+      primitive: the op's name in jaxprs and messages; None if it is made of JAX's own ops.
       targets: how often a call calls each FFI target; none without a kernel.
       targets_under_vmap: the same under vmap; default: as without vmap.
       attributes: of each target, regular expressions that must be found in its attributes.
@@ -108,13 +108,13 @@ class OpRow:
       cache: the operand that grows with the context, which nothing may copy; or None.
       in_place: whether that operand is updated in place and returned as the one result. Under vmap
         it must then be mapped.
-      batch: the axis of sequences or tokens that do not know of each other; vmap folds into it.
+      batch: the axis of independent sequences or tokens, into which vmap folds the mapped axis.
       splits: how jax.shard_map may split a call: for each kind of parallelism the axes that are
         split, by name.
       gaps: calls without a kernel: (changed sizes, changed dtype or None, options of the call, the
         reason as a regular expression).
       symbolic: the axes that may be symbolic in an exported program.
-      cost: (*structs, lengths) -> what the op has to do, as in `jax_flashmla.decode_cost`; or None.
+      cost: (*structs, lengths) -> the op's work, as in `jax_flashmla.decode_cost`; or None.
       samples: (implementation) -> None, small calls that together run all of the op's kernels, for
         compute-sanitizer.
       variant: whether the row is another way to call an op that has a row already.
@@ -189,7 +189,7 @@ class OpRow:
 
 
 def each(wanted=lambda row: True):
-    """Runs a test for each row of the table that is wanted, as its argument `row`."""
+    """Runs a test for each wanted row of the table, as its argument `row`."""
     rows = [pytest.param(row, id=row.name, marks=row.marks) for row in ROWS if wanted(row)]
     return pytest.mark.parametrize("row", rows)
 
@@ -229,7 +229,7 @@ def draw_offsets(rng, shape, sizes):
 
 
 def draw_tables(rng, shape, sizes):
-    """Pages of which the third may lie outside the pool, and an entry that must not be read.
+    """Pages, the third of which may lie outside the pool, and an entry that must not be read.
 
     Such a page makes a sequence NaN where its length reaches that far. Under vmap it must not be
     taken for a page of the next example's pool.
@@ -241,7 +241,7 @@ def draw_tables(rng, shape, sizes):
 
 
 def draw_slots(rng, shape, sizes):
-    """Slots in any order, two of them outside the pool: before it and behind it."""
+    """Slots in random order. Two of them are outside the pool: one before it, one behind it."""
     pool = sizes["pages"] * sizes["page"]
     slots = rng.permutation(pool)[: shape[0]]
     slots[rng.permutation(shape[0])[:2]] = [-1 - rng.integers(pool), pool + rng.integers(pool)]
@@ -249,7 +249,7 @@ def draw_slots(rng, shape, sizes):
 
 
 def draw_lses(rng, shape, sizes):
-    """Some +inf, as of a part that has no token for a query."""
+    """Some are +inf, as for a query that sees no token of a part."""
     return np.where(rng.random(shape) < 0.2, np.inf, 3 * rng.standard_normal(shape))
 
 

@@ -1,7 +1,7 @@
 """Small calls that together run every kernel, for compute-sanitizer: see `make sanitize`.
 
-Each sample is a function of `implementation` and `garbage`. With garbage the schedules are integers
-that mean nothing, and so are the results: of these only the addresses matter.
+Each sample is a function of `implementation` and `garbage`. With garbage the schedules are random
+integers. Then the results mean nothing, and only the addresses are checked.
 """
 
 import functools
@@ -31,7 +31,7 @@ def decode_sample(
     """Appends a token to each sequence and decodes; with `bad_page` sequence 0 must be NaN.
 
     With room for more pages in the block table, two row tiles share their pages in a cluster. With
-    `garbage` the schedules are integers that mean nothing, and so are the results.
+    `garbage` the schedules are random integers, and the results mean nothing.
     """
     rng = np.random.default_rng(0)
     b, max_blocks = len(lengths), -(-max(lengths) // page) + 1
@@ -87,7 +87,7 @@ DECODE = (
     sample([200, 65], 6, s_q=3, h_kv=2, page=32, dtype=jnp.float16),
     sample([300, 40, 0, 1000], 32, s_q=4, offsets=[7, -30, 5, -2000]),
     sample([70] * 140, 64, page=128),
-    sample([40] * 700, 64),  # more of them in a block than it plans ahead
+    sample([40] * 700, 64),  # more sequences in a block than it plans ahead
     sample([512] * 66, 16),  # two splits each, which decode joins
     sample([700] * 20 + [0, 64, 2000], 128),  # one, two and more splits
     sample([700] * 20 + [0, 64, 2000], 128, room=40),

@@ -14,7 +14,7 @@ import jax_flashmla as fm
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The mesh axes over which each of the three is split."""
+    """The mesh axes over which sequences, heads and pages are split."""
 
     data: tuple[str, ...] = ()
     tensor: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ def split_pages(inputs, data, context):
     """The same sequences with a pool for each of data * context devices.
 
     Device (i, j) has the pages of the i-th of `data` runs of sequences and the j-th of `context`
-    runs of table entries, numbered from 0. The pools stand one behind the other in k_cache.
+    runs of table entries, numbered from 0. The pools follow each other in k_cache.
     """
     rng = np.random.default_rng(0)
     b, width = inputs.block_table.shape

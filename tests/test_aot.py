@@ -18,13 +18,13 @@ def kernels_in(hlo):
 
 
 def copies_of(elements, row, hlo):
-    """What makes another array as large as the cache; its update in place does not."""
+    """The operations that make another array as large as the cache; an update in place does not."""
     in_place = {"custom-call"} if row.in_place else set()
     return operations_on(elements, hlo) - PASSED_ON - in_place
 
 
 def compiled(row, sharding, pages):
-    """The op of a donated cache of so many pages, in a scope of the caller's."""
+    """The op on a donated cache with this number of pages, in a named scope of the caller."""
 
     @jax.named_scope("layer")
     def step(*arrays):
@@ -37,7 +37,7 @@ def compiled(row, sharding, pages):
 
 @ops.each(lambda row: row.targets)
 def test_memory_does_not_grow_with_the_cache(row, h200):
-    """Scratch is of one size, nothing copies the cache, and an updated one is the donated one."""
+    """Scratch has a constant size, nothing copies the cache, and an append is in place."""
     temporary = []
     for pages in (1000, 50000) if row.cache else (1,):
         program = compiled(row, h200, pages)
@@ -54,14 +54,14 @@ def test_memory_does_not_grow_with_the_cache(row, h200):
 
 @ops.each(lambda row: row.targets)
 def test_names_in_a_compiled_program(row, h200):
-    """What a profile shows: the scopes of the caller, and the op."""
+    """A profile shows the scopes of the caller, and the op."""
     hlo = compiled(row, h200, pages=1000).as_text()
     (name,) = re.findall(rf'custom_call_target="{row.main_target}".*op_name="([^"]*)"', hlo)
     assert name == f"jit(step)/layer/{row.primitive}/ffi_call"
 
 
 def mapped_caches():
-    """The axis along which the cache is mapped, if it is, and whether that makes a copy of it."""
+    """The axis along which the cache is mapped, or None, and whether that copies the cache."""
     for row in ops.ROWS:
         if row.targets and row.cache and not row.variant:
             for axis, copied in ((None, False), (0, False), (1, True)):

@@ -11,12 +11,12 @@ from cases import D_V, UNUSED_ENTRY
 
 import jax_flashmla as fm
 
-WIDTH = 40  # of the table, in pages of 64: fewer tokens than some bounds of the lengths, and more
+WIDTH = 40  # of the table, in pages of 64; max_seqlen is below its tokens in some calls, else above
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is the same for a sequence wherever it is decoded."""
+    """What must be equal in all decodes of a sequence."""
 
     h_q: int
     s_q: int
@@ -59,7 +59,7 @@ class Call:
         )  # fmt: skip
 
 
-# By the splits that a sequence may have, the partial results are combined by one kernel or another.
+# The largest number of splits of a sequence decides which kernel puts its partial results together.
 CALLS = [
     Call(16, 1, 256, 2048),
     Call(16, 2, 256, 2048),
@@ -67,9 +67,9 @@ CALLS = [
     Call(128, 2, 256, 2048),
     Call(16, 1, 256, 2048, "float16"),
     Call(16, 1, 4096, 4096),  # one split
-    Call(16, 1, 512, 1024),  # two, and sequences that are longer than they hold
+    Call(16, 1, 512, 1024),  # two, and sequences longer than max_seqlen
     Call(16, 1, 64, 640),
-    Call(128, 1, 64, 640),  # more splits than a group of lanes has in flight
+    Call(128, 1, 64, 640),  # more splits than a lane group has in flight
     Call(128, 1, 64, 2048),
     Call(16, 1, 64, 3072),
     Call(16, 1, 64, 8192),
@@ -77,7 +77,7 @@ CALLS = [
 
 
 def batches(count):
-    """Batches of several sizes, as the numbers of the sequences in them."""
+    """Batches of several sizes. Each is a list of sequence numbers."""
     rng = np.random.default_rng(0)
     everyone = np.arange(count)
     yield from (everyone, everyone[::-1], rng.permutation(count))
@@ -132,7 +132,7 @@ def test_in_any_batch(solo):
 
 @pytest.mark.gpu
 def test_in_a_table_of_another_width(solo):
-    """The bound of the lengths is what counts, not what the table could hold."""
+    """Only max_seqlen counts, not what the table could hold."""
     numbers = np.arange(solo.count)
     q, k_cache, table, lengths = solo.arrays(numbers)
     wider = jnp.pad(table, [(0, 0), (0, 9)], constant_values=UNUSED_ENTRY)
@@ -181,7 +181,7 @@ def test_under_vmap(shape, solo):
 def test_in_a_loop_in_which_lengths_grow(s_q):
     """Every step's results in a batch are those alone, across the ends of splits and tiles."""
     solo = Solo(Call(16, s_q, 128, 512))
-    # Of a pool without unused slots: every prefix of a sequence is one.
+    # The pool has no unused slots, so every prefix of a sequence is a valid sequence.
     k_cache = jnp.nan_to_num(solo.k_cache)
     steps, starts = 140, np.array([2, 120, 250, 384, 65], np.int32)
     numbers = np.full(len(starts), solo.count - 2)  # the longest one
@@ -201,7 +201,7 @@ def test_in_a_loop_in_which_lengths_grow(s_q):
 
 
 def test_what_is_compared_finds_a_single_bit():
-    """On the CPU too: the comparison sees the sign of a zero and where a NaN is."""
+    """The comparison sees the sign of a zero and the place of a NaN. Runs on a CPU too."""
     call = Call(2, 1, 64, 64 * WIDTH, implementation="xla")
     solo = Solo(call)
     numbers = np.array([0, solo.count - 1])

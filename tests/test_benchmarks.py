@@ -49,7 +49,7 @@ def make_inputs(case, programs, pool, calls):
 # -------------------- The cases of dense decode
 
 
-def test_the_cases_are_those_that_were_always_measured():
+def test_the_cases_match_the_stored_rows():
     """113 of them; lengths and floors are those of the stored rows."""
     assert len({case.name for case in OP.cases}) == len(OP.cases) == 113
     results = read(BENCHMARKS / "results/h200.json")
@@ -150,7 +150,7 @@ def test_rounds_in_a_loop_give_what_one_gives():
 
 
 def test_a_sample_of_sequences_is_checked():
-    """The first and the last are in it; what is not is not looked at."""
+    """The first and the last are in the sample. Sequences outside it are not compared."""
     case = DenseDecode(2, 1, 5, 64)
     pool = OP.pool([case], lambda _: 1)
     programs = Programs(OP, case, pool, 1)
@@ -168,7 +168,7 @@ def test_a_sample_of_sequences_is_checked():
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("loops", [1, 3])
 def test_a_step_of_layers_has_all_its_calls(loops, h200):
-    """Also where it is taken several times in one program; what is counted is one step."""
+    """Even if one program takes several steps. The launches of one step are counted."""
     case = DenseDecode(16, 1, 2, 4096)
     programs = Programs(OP, case, pool_struct(), 6, loops, sharding=h200)
     expected = {"unrolled": 6, "scan": 1, "scan, graphs of 1": 1}
@@ -247,7 +247,7 @@ def test_the_scratch_of_fixed_splits_is_what_a_call_needs(h200):
 
 @pytest.fixture(scope="module")
 def dense_results(tmp_path_factory):
-    """The file of both scripts; nothing of their arrays is left, without the garbage collector."""
+    """The file of both scripts. Their arrays are freed without the garbage collector."""
     path, before = tmp_path_factory.mktemp("dense") / "cpu.json", jax.live_arrays()
     gc.disable()
     try:
@@ -350,7 +350,7 @@ def test_a_script_runs_by_itself(tmp_path):
 
 
 def test_the_attention_of_a_chunk_runs(tmp_path):
-    """The op, and both forms of the library call, are those of float32; cuDNN is not there."""
+    """The op and both forms of the library call agree with float32. There is no cuDNN here."""
     path = tmp_path / "cpu.json"
     case = chunks.OP.smoke[0]
     options = ["--smoke", "--repeats", "3", "--cases", case.name, "--out", str(path)]
@@ -370,7 +370,7 @@ def test_the_attention_of_a_chunk_runs(tmp_path):
 @pytest.mark.parametrize("context", [64, 128])
 @pytest.mark.parametrize("way", ["xla", "xla_split"])
 def test_expanded_attention_is_causal_at_the_end_of_the_context(way, context):
-    """In float32; a mask that is off by one shows."""
+    """In float32. A mask that is off by one would be seen."""
     case = dataclasses.replace(chunks.OP.smoke[0], context=context)
     pool = jax.tree.map(lambda x: x.astype(jnp.float32), chunks.make_pool([case], lambda _: 1))
     lengths, (table,) = chunks.make_lists(case, pool, 1)
@@ -486,7 +486,7 @@ def model_run(tmp_path):
 
 
 def test_figures_of_a_model_that_cannot_be_measured(model_run, monkeypatch):
-    """No memory, no room; another error is not hidden."""
+    """Out of memory, or no room for the cache. Any other error is raised."""
     plan = bench_model.smoke_plan()
     limit = bench_model.WORKSPACE + bench_model.cache_bytes(plan, 2, 64)
     figures = list(bench_model.step_figures(plan, {}, limit))
@@ -535,7 +535,7 @@ def test_the_reference_is_timed_at_every_batch():
     ]  # fmt: skip
 
 
-# -------------------- FlashMLA, by a PyTorch that is made up
+# -------------------- FlashMLA, with a fake PyTorch
 
 
 class Tensor(np.ndarray):

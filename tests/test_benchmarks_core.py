@@ -1,4 +1,4 @@
-"""The core of the benchmarks: it runs an op that it has never heard of, and keeps its own rules."""
+"""The core of the benchmarks runs an op that it does not know, and keeps its own rules."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def toy_check(case, pool, scale, own, found):
 
 
 def toy_peer(options):
-    """Called in two ways; a third fails, and the results of a fourth are wrong."""
+    """A peer with four ways: two work, the third fails, the results of the fourth are wrong."""
 
     def call(way, pool, scale, own):
         if way == "broken":
@@ -79,7 +79,7 @@ def toy_peer(options):
 
 
 def toy_other(options):
-    """No peer: another call, which is faster and gives something else."""
+    """Not a peer: another call, which is faster and computes something else."""
     return peers.JaxPeer(
         "Another op", lambda way, pool, scale, own: (own[1], jnp.int32(0)), column="other_us"
     )
@@ -144,7 +144,7 @@ def test_a_run_goes_on_where_it_was_stopped(toy_results, tmp_path, capsys):
     path.write_text(toy_results.read_text())
     assert run(TOY, path, "--commit", "abc") == 0
     assert "0 cases to measure" in capsys.readouterr().out
-    assert run(TOY, path, "--commit", "abc", "--budget", "0") == 1  # it does not even begin
+    assert run(TOY, path, "--commit", "abc", "--budget", "0") == 1  # nothing is measured
     assert "out of time" in capsys.readouterr().out
     data = json.loads(path.read_text())
     data["rows"].pop(1)
@@ -231,7 +231,7 @@ def passing_rows():
     ]  # fmt: skip
 
 
-def test_the_gate_passes_what_is_as_fast_as_the_peer():
+def test_the_gate_passes_cases_as_fast_as_the_peer():
     assert report.gate_failures(TOY, results_of(passing_rows())) == []
 
 
@@ -247,7 +247,7 @@ def test_the_gate_passes_what_is_as_fast_as_the_peer():
         ({"case": "another"}, "6x8: missing"),
     ],
 )
-def test_the_gate_stops_what_misses_it(change, message):
+def test_the_gate_stops_other_cases(change, message):
     rows = passing_rows()
     rows[1] |= change
     (failure,) = report.gate_failures(TOY, results_of(rows))
@@ -334,7 +334,7 @@ def test_attention_in_float32_is_a_softmax(s):
     assert np.isposinf(lse[:, 0]).all()
 
 
-def test_errors_are_told():
+def test_measures_of_errors():
     """Equal infinities do not differ; NaN anywhere does."""
     x = jnp.array([3.0, 4.0])
     assert float(check.relative(x * 1.1, x)) == pytest.approx(0.1)
@@ -434,7 +434,7 @@ class FakeNvml:
 
 @pytest.mark.parametrize("nvml", [FakeNvml(), FakeNvml(fails=True), None])
 def test_sustained_load_is_timed_and_read(nvml, monkeypatch):
-    """By a clock that a busy machine does not make late; the readings take real time."""
+    """With a clock that a busy machine does not delay. The readings take real time."""
     clock = types.SimpleNamespace(now=0.0)
     monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     meter = power.Meter(found=False)

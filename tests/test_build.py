@@ -1,4 +1,4 @@
-"""What was built: the extension, its machine code, and the install that has neither."""
+"""The build: the extension, its machine code, and a pure-Python install without either."""
 
 import copy
 import os

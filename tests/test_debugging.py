@@ -1,4 +1,4 @@
-"""jax_debug_nans and jax_debug_infs name the op, and stay silent where there is nothing to find.
+"""jax_debug_nans and jax_debug_infs name the op, and are silent if there is nothing to find.
 
 An op's NaN and infinities are documented results: NaN for a sequence longer than its table, +inf
 for the lse of a query that sees no token. A call with them must end in JAX's FloatingPointError.
@@ -66,7 +66,7 @@ WAYS = {
     "shard_map": in_shard_map,
     "jit of shard_map": lambda f, x: jax.jit(functools.partial(in_shard_map, f))(x),
 }
-NAMED_INSTEAD = {  # JAX names what is around the op, as it does for jax.numpy.log
+NAMED_INSTEAD = {  # here JAX names the caller of the op, as it does for jax.numpy.log
     "fori_loop": "in scan",
     "jit of fori_loop": "in scan",
     "shard_map": "in sharded computation",
@@ -135,7 +135,7 @@ def test_schedules_hold_neither(what):
 
 @pytest.mark.parametrize("what", ["nans", "infs"])
 def test_merge_of_an_empty_part_makes_no_infinity(what):
-    """An infinity in the arguments is none in the results, nor on the way to them."""
+    """An infinity in the arguments makes none in the results, nor on the way to them."""
     outs, lses = np.ones((2, 1, 1, 4, 8), np.float32), np.zeros((2, 1, 4, 1), np.float32)
     lses[1] = np.inf
     out, lse = run_debugging(what, fm.merge_attention_states, outs, jnp.asarray(lses))

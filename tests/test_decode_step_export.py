@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def exported(platforms, *sizes):
     """`serve` in bytes, with the kernels for CUDA."""
     export_ = export.export(
-        jax.jit(lambda *arrays: serve(*arrays)),  # one that was not lowered before
+        jax.jit(lambda *arrays: serve(*arrays)),  # a new function, never lowered before
         platforms=platforms,
         disabled_checks=fm.EXPORT_DISABLED_CHECKS,
     )

@@ -351,7 +351,7 @@ def test_a_folder_without_weights(model, tmp_path):
         load(tmp_path)
 
 
-FP8_BLOCK = (40, 24)  # divides no axis: the last blocks are smaller
+FP8_BLOCK = (40, 24)  # divides no axis, so the last blocks are smaller
 
 
 def quantize(weight):

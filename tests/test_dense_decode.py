@@ -1,4 +1,4 @@
-"""flash_mla_with_kvcache against float64, and where such kernels have broken."""
+"""flash_mla_with_kvcache against float64, mostly in cases where such kernels often go wrong."""
 
 import random
 
@@ -98,7 +98,7 @@ def test_traced_lengths_and_tables(implementation):
 @pytest.mark.parametrize("page", [64, 128])
 @pytest.mark.parametrize("h_q", [16, 128])
 def test_every_length_of_a_last_tile(h_q, page, implementation):
-    """With room in the table for two row tiles to share their pages."""
+    """The table is wide enough for two row tiles to share their pages."""
     inputs = cases.make_inputs(
         Case(130, 1, 0, h_q, page=page), lengths=list(range(130)), max_blocks=512 // page
     )
@@ -150,7 +150,7 @@ def test_offsets_past_int32(tested):
 
 @pytest.mark.gpu
 def test_scratch_offsets_past_int32():
-    """So many parts that their partial results hold more than 2^31 elements."""
+    """There are so many parts that their partial results hold more than 2^31 elements."""
     parts = 2**31 // (2 * 128 * D_V) + 100
     length = reference.TILE_TOKENS * (parts - reference.SEQUENCE_OVERHEAD)  # a tile a part
     q = cases.random_values(np.random.default_rng(0), (1, 1, 128, D_K), "bfloat16")
@@ -271,7 +271,7 @@ OFFSETS = (0, 1, 3, 4, -1, -60, -65, -129, -130, -131, 1000, -1000, INT32.max, I
 @pytest.mark.parametrize("h_q", [3, 128])
 @pytest.mark.parametrize("s_q", [1, 4])
 def test_causal_offset(s_q, h_q, implementation):
-    """Offsets that hide keys and show more, up to all; 131 tokens are three tiles."""
+    """Offsets that hide keys and that show more keys, up to all. 131 tokens are three tiles."""
     inputs = cases.make_inputs(Case(len(OFFSETS), s_q, 131, h_q))
     offset = np.array(OFFSETS, np.int32)
     out, lse = check(inputs, implementation, causal=True, causal_offset=jnp.asarray(offset))
@@ -279,7 +279,7 @@ def test_causal_offset(s_q, h_q, implementation):
         row = OFFSETS.index(hidden)
         assert (out[row] == 0).all()
         assert (lse[row] == np.inf).all()
-    unmasked = decoded(inputs, implementation)  # what all queries see without a mask
+    unmasked = decoded(inputs, implementation)  # without a mask, for all queries
     for seen in (4, 1000, INT32.max):
         row = OFFSETS.index(seen)
         cases.assert_close("lse", lse[row], unmasked[1][row], atol=1e-6, rtol=1e-5)
@@ -299,7 +299,7 @@ def test_causal_offset_of_ragged_sequences(implementation):
 
 @pytest.mark.parametrize("s_q", [1, 4])
 def test_parts_of_a_sequence_join_to_the_whole(s_q, implementation):
-    """Runs of pages, one of which ends among the new tokens themselves."""
+    """The parts are runs of pages. One of them ends among the new tokens."""
     inputs = cases.make_inputs(Case(5, s_q, 0, 8), lengths=[130, 128, 126, 3, 191], max_blocks=4)
     capacity = 64  # a page a part
     outs, lses = [], []

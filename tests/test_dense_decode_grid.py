@@ -1,9 +1,9 @@
 """FlashMLA's own dense grid, 2,336 calls, against float32 on the same device.
 
-All that is slow happens once or off the main thread: the calls are compiled ahead by a few
-threads, one program for each shape; random values are drawn once on the device; and the expected
-result comes from one program for all shapes whose padded sizes agree, which walks over pairs of a
-sequence and a KV head ("items").
+Slow work happens once or off the main thread. A few threads compile the calls ahead, one program
+for each shape. Random values are drawn once on the device. One program computes the expected
+results of all shapes with the same padded sizes; it walks over pairs of a sequence and a KV head
+("items").
 """
 
 import concurrent.futures
@@ -136,7 +136,7 @@ def compare(q, out, lse, rows, table, lengths, items, h_kv, group, s_q, causal):
 
 
 def is_off(actual, expected, atol, rtol):
-    """Beyond both tolerances, or inf or NaN in one of them alone."""
+    """Which elements differ by more than both tolerances, or are inf or NaN on one side only."""
     error = jnp.abs(actual - expected)
     close = (error < atol) | (error < rtol * (jnp.abs(expected) + 1e-6))
     same = (actual == expected) | (jnp.isnan(actual) & jnp.isnan(expected))

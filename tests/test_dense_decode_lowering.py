@@ -67,7 +67,7 @@ def test_decode_text(given, implementation):
     ("given", "target", "count"), [(False, SCHEDULE_AND_DECODE, 5), (True, DECODE, 8)]
 )
 def test_causal_offset_text(given, target, count, s_q):
-    """It is one more operand, and with it the mask counts for one query too."""
+    """It is one more operand. With it the mask matters even for one query."""
 
     def f(*args):
         schedule = fm.get_mla_metadata(args[3], s_q * 16, 1) if given else (None, None)
@@ -86,7 +86,7 @@ def test_causal_offset_text(given, target, count, s_q):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("s_q", "h_kv"), [(1, 1), (4, 1), (1, 8), (2, 2)])
 def test_layout_of_the_queries(s_q, h_kv):
-    """The kernel's layout is a reshape of the caller's but for several KV heads and queries."""
+    """The kernel's layout is a reshape of q's, except with several KV heads and several queries."""
     text = text_for_cuda(decode, *decode_structs(s_q=s_q, h_q=16, h_kv=h_kv))
     assert ("stablehlo.transpose" in text) == (s_q > 1 and h_kv > 1)
     assert f"tensor<4x{h_kv}x{s_q * 16 // h_kv}x576xbf16>" in text
@@ -104,7 +104,7 @@ def test_one_schedule_for_all_layers():
 
 
 def partial_bytes(rows):
-    """Of a part: two partial results (fp16, scales, log-sum-exps), and flags of each row tile."""
+    """Bytes of one part: two partial results (fp16, scales, lse), and flags of each row tile."""
     return 2 * rows * (2 * D_V + 4 * 4 + 4) + -(-rows // 64) * 16 * 8
 
 
@@ -152,7 +152,7 @@ def test_workspace_of_fixed_splits(b, h_q, h200):
     compiled = jax.jit(step).lower(*structs).compile()
     assert set(re.findall(r"jax_flashmla_\w+", compiled.as_text())) == {DECODE}
     scratch = b * 16 * partial_bytes(h_q)
-    # Beside it the schedule: 8 bytes a part, and what XLA makes it of.
+    # Besides, there is the schedule, 8 bytes a part, and XLA's temporaries for it.
     assert 0 <= compiled.memory_analysis().temp_size_in_bytes - scratch <= 1000 * b + 2**15
     notes = Path(__file__).parent.parent / "docs/schedule.md"
     if b == 32:

@@ -35,8 +35,8 @@ from jax_flashmla import _ffi
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 BOTH_TYPES = pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit], ids=str)
-# Tokens of each sequence: some end among the pages of a device, some, with 4 queries, so early in
-# them that the new tokens themselves lie on two devices; 2 or 4 pages of 64 a device.
+# Tokens of each sequence; a device has 2 or 4 pages of 64 of it. Some sequences end in the middle
+# of a device's pages, some just after the first token, so that 4 new tokens lie on two devices.
 LENGTHS = [258, 130, 0, 3, 512, 257, 385, 64]
 
 
@@ -79,7 +79,7 @@ def test_one_query(kind):
 
 @BOTH_TYPES
 def test_two_kinds(types):
-    """Axes that an argument is not split over: there it is the same on all devices."""
+    """An argument is the same on all devices along an axis that does not split it."""
     mesh = cpu_mesh((2, 4), ("x", "y"), types)
     check(make_inputs(), Split(tensor=("x",), context=("y",)), mesh)
 
@@ -116,7 +116,7 @@ def test_kv_heads_are_split_with_their_query_heads():
 
 @BOTH_TYPES
 def test_fixed_splits_on_each_device(types):
-    """A device's schedule has the splits that the whole batch's has for the same sequences."""
+    """A device's schedule splits its sequences as the schedule of the whole batch does."""
     mesh, inputs = cpu_mesh((4,), ("x",), types), make_inputs(s_q=1)
     split = split_pages(inputs, 4, 1)
 
@@ -134,7 +134,7 @@ def test_fixed_splits_on_each_device(types):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_merge_across_is_merge(dtype):
-    """Bit for bit, in 16 and 32 bits, along two axes in the order of their names."""
+    """Bit for bit, for dtypes of 16 and 32 bits, along two axes in the given order."""
     rng = np.random.default_rng(0)
     outs = jnp.asarray(rng.standard_normal((4, 3, 2, 5, 6)), dtype)
     lses = rng.standard_normal((4, 3, 5, 2)).astype(np.float32)
@@ -190,7 +190,7 @@ def test_on_a_mesh_of_one_gpu(s_q):
 @pytest.mark.parametrize("s_q", [1, 4])
 @pytest.mark.parametrize("kind", ["data", "tensor", "context"])
 def test_on_two_gpus(kind, s_q):
-    """A long sequence, and one whose new tokens lie on both devices where there are 4 of them."""
+    """A long sequence, and one whose new tokens lie on both devices if there are 4 of them."""
     mesh = gpu_mesh((2,), ("x",))
     inputs = make_inputs(s_q, [131072, 65538], h_q=128, max_blocks=2048)
     check(inputs, Split(**{kind: ("x",)}), mesh, "cuda")

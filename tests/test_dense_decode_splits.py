@@ -98,7 +98,7 @@ def test_without_a_schedule_as_with_it_on_any_number_of_sms(case, num_sms, machi
 @pytest.mark.gpu
 @pytest.mark.parametrize("h_q", [16, 128])
 def test_schedule_of_garbage(h_q):
-    """Wrong results, but no wrong address: the device goes on, and the next call is right."""
+    """Results are wrong, but addresses are not: the device goes on, and the next call is right."""
     inputs = cases.make_inputs(Case(40, 1, 900, h_q, varlen=True), max_blocks=40)
     schedule = schedule_for(inputs.cache_seqlens, inputs, "cuda")
     rng = np.random.default_rng(h_q)
@@ -123,7 +123,7 @@ def test_schedule_of_other_lengths(fixed, planned, actual, implementation):
 INT32 = np.iinfo(np.int32)
 
 ROOM = 1100
-"""Columns of a block table, so many that two row tiles share their pages in a cluster."""
+"""Enough columns of a block table for two row tiles to share their pages in a cluster."""
 
 
 row_tiles = pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def split_inputs(h_q, max_blocks):
 
 
 def split_in(splits, lengths, inputs, implementation, **options):
-    """The schedule for `lengths`, which must have this many splits of each request."""
+    """The schedule for `lengths`, which must have this many splits of each sequence."""
     schedule = schedule_for(lengths, inputs, implementation, **options)
     np.testing.assert_array_equal(np.diff(schedule[1]), splits)
     return schedule
@@ -181,7 +181,7 @@ def test_one_two_three_and_more_splits(case, max_blocks, implementation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [Case(7, 1, 0, 128), Case(7, 2, 0, 128, causal=True)], ids=str)
 def test_shared_pages_change_no_bits(case):
-    """Whether two blocks share their pages follows from the room in the table, no result does."""
+    """The width of the table decides whether two blocks share pages, but changes no result."""
     narrow, wide = (cases.make_inputs(case, lengths=LENGTHS, max_blocks=n) for n in (None, ROOM))
     assert_bit_equal((narrow.q, narrow.k_cache), (wide.q, wide.k_cache))
     results = [
@@ -193,7 +193,7 @@ def test_shared_pages_change_no_bits(case):
 
 @pytest.mark.parametrize("h_q", [3, 128])
 def test_first_split_of_next_to_no_weight(h_q, implementation):
-    """Beside the second split it counts for nothing, but what is NaN in it stays NaN."""
+    """The first split adds nothing to the second one, but its NaN stay NaN."""
     inputs = cases.make_inputs(Case(2, 1, 0, h_q), lengths=[256, 256])
     first, second = inputs.block_table[:, :2], inputs.block_table[:, 2:4]
     inputs.q[..., D_V:] = 1
@@ -221,7 +221,7 @@ def test_first_split_of_next_to_no_weight(h_q, implementation):
     "exponents", [[100] * 4, [-100] * 4, [66, -66, 0, 100]], ids=["large", "small", "mixed"]
 )
 def test_values_that_fp16_does_not_hold(exponents, h_q, max_blocks, implementation):
-    """By powers of 2 a quarter of the columns, so that all else stays as it was."""
+    """Each quarter of the columns is scaled by a power of 2, so everything else stays the same."""
     lengths = [200, 256, 300, 500]
     inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths, max_blocks=max_blocks)
     inputs.q[..., :D_V] = 0  # the scores come from the other columns
@@ -241,16 +241,17 @@ def test_values_that_fp16_does_not_hold(exponents, h_q, max_blocks, implementati
 
 @row_tiles
 def test_values_that_are_not_finite_in_one_split(h_q, max_blocks, implementation):
-    """They stay in their columns, and what has the largest magnitude is not taken from them."""
+    """They stay in their columns, and the scale of a quarter is not computed from them."""
     lengths, splits, bad_splits = [256, 256, 300, 500], [2, 2, 3, 4], [0, 1, 1, 3]
     inputs = cases.make_inputs(Case(4, 1, 0, h_q), lengths=lengths, max_blocks=max_blocks)
     to_nan, to_inf, to_minus_inf = 5, 300, 301
     pages = [inputs.block_table[i, 2 * split] for i, split in enumerate(bad_splits)]
-    # One token: a score of -inf, and 0 * inf. Of every other head inf, so that all becomes NaN.
+    # In one token: even heads get a score of -inf, and 0 * inf. Odd heads get inf, so everything
+    # becomes NaN.
     inputs.k_cache[pages, 40, 0, to_nan] = np.inf
     inputs.q[..., to_nan] = -1
     inputs.q[:, :, 1::2, to_nan] = 1
-    # All tokens of a page: sums that float32 does not hold.
+    # In all tokens of a page: values whose sum float32 does not hold.
     inputs.q[..., [to_inf, to_minus_inf]] = 0
     inputs.k_cache[pages, :, 0, to_inf] = 3e38
     inputs.k_cache[pages, :, 0, to_minus_inf] = -3e38
@@ -298,7 +299,7 @@ def test_split_sequences_that_have_become_short(h_q, max_blocks, implementation)
 @pytest.mark.gpu
 @row_tiles
 def test_arrays_of_different_schedules(h_q, max_blocks):
-    """Nobody says what that gives, but it ends, and the next call knows nothing of it."""
+    """The results are undefined, but the call ends, and the next call is right."""
     inputs = split_inputs(h_q, max_blocks)
     ours, our_splits = schedule = split_in_parts(inputs, "cuda")
     for tiles in (
@@ -325,7 +326,7 @@ def test_arrays_of_different_schedules(h_q, max_blocks):
 
 @row_tiles
 def test_repeat_runs_of_splits_are_bit_equal(h_q, max_blocks, implementation):
-    """On one scratch, where every other call leaves partial results of other queries."""
+    """All calls share one scratch, and every other call leaves partial results of other queries."""
     inputs = split_inputs(h_q, max_blocks)
     others = inputs.replace(q=inputs.q[::-1].copy())
     schedule = split_in_parts(inputs, implementation)

@@ -61,7 +61,7 @@ def test_schedules_of_any_origin(in_axes, origin, implementation):
 
 
 def test_schedules_of_vmap_serve_calls_outside_it(implementation):
-    """One by one in a scan: they are what get_mla_metadata makes for each."""
+    """Used one by one in a scan, they equal what get_mla_metadata makes for each example."""
     (q, k_cache, table, lengths), examples = stacked(ops.decode_row, (3,), (0, None, 0, 0))
 
     def make(lengths):
@@ -164,7 +164,7 @@ def test_vmap_is_one_call_of_each_kernel(given, offset):
 
 
 def test_vmap_without_a_schedule_makes_none_outside_the_call():
-    """The call of the folded batch makes it, of as many parts as one alone."""
+    """The call of the folded batch makes its own, with as many parts as without vmap."""
     q, k_cache, table, lengths = decode_structs(b=4, s_q=2, h_q=128)
     for leading in ((), (3,), (2, 3)):
         run = functools.reduce(lambda f, _: jax.vmap(f, (0, None, 0, 0)), leading, decode)
@@ -179,7 +179,7 @@ def test_vmap_without_a_schedule_makes_none_outside_the_call():
 
 
 def test_vmap_keeps_the_size_of_splits():
-    """The one schedule that it makes has as many parts for each sequence as the call's own."""
+    """The schedule made under vmap has as many parts for each sequence as the given one."""
     q, k_cache, table, lengths = decode_structs(b=4)
 
     def call(q, table, lengths):

@@ -8,7 +8,7 @@ import numpy as np
 import ops
 import pytest
 
-# f gives a scalar of some arrays; the derivative is asked for by the i-th of them.
+# f gives a scalar from some arrays. The derivative is with respect to the i-th array.
 DERIVATIVES = {
     "grad": lambda f, i, *args: jax.grad(f, i)(*args),
     "jvp": lambda f, i, *args: jax.jvp(by_one(f, i, args), args[i : i + 1], args[i : i + 1]),
@@ -47,7 +47,7 @@ def scalar_of(row):
 
 
 def derivative_rows():
-    """By every operand that is a float; by the cache only the plain gradient."""
+    """With respect to every float operand; for the cache only jax.grad."""
     for row in ops.ROWS:
         floats = [operand.name for operand in row.operands if operand.is_float]
         if row.primitive is not None:
@@ -68,7 +68,7 @@ def test_derivatives_raise(row, i, derivative):
 @pytest.mark.usefixtures("quick_compile")
 @ops.each(lambda row: row.primitive and not row.variant and any(x.is_float for x in row.operands))
 def test_ops_among_what_is_differentiated(row):
-    """Where no derivative goes through an op, it does not mind."""
+    """An op may stand in a differentiated function if no derivative goes through the op."""
     total, floats = scalar_of(row)
     operands = [jnp.abs(x) for x in floats]
 

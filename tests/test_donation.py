@@ -35,7 +35,8 @@ def test_donated_operand_is_updated_in_place(row, implementation):
         (operands[row.cache_index],) = run(*operands)
         assert operands[row.cache_index].unsafe_buffer_pointer() == address
     assert given.is_deleted()
-    row.check([operands[row.cache_index]], row.example())  # to write thrice is to write once
+    # Writing three times gives what writing once gives.
+    row.check([operands[row.cache_index]], row.example())
 
 
 @pytest.mark.parametrize("eager", [False, True])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @contextlib.contextmanager
 def heard_events():
-    """Collects the names of what JAX does that takes time, such as to trace or to compile."""
+    """Collects the names of the slow things that JAX does, such as tracing or compiling."""
     events = []
 
     def listen(event, duration, **_):
@@ -31,7 +31,7 @@ def heard_events():
 
 @ops.each(lambda row: row.primitive)
 def test_eager_calls_compile_once(row):
-    """Again only for other shapes."""
+    """They compile again only for other shapes."""
     arrays, others = row.arrays(), row.arrays(**{row.batch: row.sizes[row.batch] + 1})
     row.run(*arrays)
     with heard_events() as events:
@@ -45,7 +45,7 @@ def test_eager_calls_compile_once(row):
 
 @ops.each_run()
 def test_with_jit_disabled(row, implementation):
-    """An eager call and a jitted one give what they give otherwise."""
+    """Eager and jitted calls give the same results as without jax_disable_jit."""
     run = row.with_implementation(implementation)
     with jax.disable_jit():
         results = run(*row.arrays()), jax.jit(run)(*row.arrays())

@@ -11,7 +11,7 @@ import jax_flashmla as fm
 
 LENGTHS = jnp.array([70, 3], jnp.int32)
 METADATA, NUM_SPLITS = fm.get_mla_metadata(LENGTHS, 4, 1, num_sms=2, implementation="xla")
-FUNCTIONS = {  # right arguments by name
+FUNCTIONS = {  # valid arguments by name
     "get_mla_metadata": {
         "cache_seqlens": LENGTHS, "num_heads_per_head_k": 4, "num_heads_k": 1
     },
@@ -72,7 +72,7 @@ def call(function, **changes):
 
 
 def test_the_table_is_complete():
-    """Every public function, with every argument that is an array; and all are right."""
+    """It has every public function and every array argument, and all arguments are valid."""
     public = {name for name in fm.__all__ if inspect.isfunction(getattr(fm, name))}
     assert public == set(FUNCTIONS)
     for function, arguments in FUNCTIONS.items():
@@ -131,7 +131,7 @@ def test_huge_values_are_cut():
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("function", WITH_IMPLEMENTATION)
 def test_misspelt_implementation(function, tokens):
-    """Also of an append that has nothing to do."""
+    """Even if an append has nothing to do."""
     changes = {"implementation": "cudda"}
     if function == "append_kv_cache":
         changes |= {
@@ -218,7 +218,7 @@ def test_sizes_that_are_too_large(function, changes, message):
 
 
 def test_largest_sizes():
-    """Those that the messages allow work, as far as shapes go."""
+    """The largest sizes that the messages allow work; only shapes are computed."""
     table = jnp.array([[0, 1]], jnp.int32)
     assert fm.get_slot_mapping(table, jnp.array([[5]], jnp.int32), 2**31 - 1).tolist() == [[5]]
     metadata, _ = jax.eval_shape(lambda n: fm.get_mla_metadata(n, 1, 1, num_sms=2**27), LENGTHS)
@@ -257,7 +257,7 @@ def test_largest_sizes():
     ],
 )
 def test_cost(changes, error, message):
-    """It refuses what the call itself refuses."""
+    """decode_cost refuses what the call itself refuses."""
     with pytest.raises(error, match=message):
         call("decode_cost", **changes)
 

@@ -65,7 +65,7 @@ def test_pages_are_handed_out_as_sequences_grow():
     state = example().init_state(config, None, np.array([-20, 0, -5]), max_pages=3)
     state = example().dataclasses.replace(state, free_pages=jnp.asarray(free))
     taken = []
-    for _ in range(8):  # by 5 tokens a step; the last page wanted is one too many
+    for _ in range(8):  # 5 tokens a step; the last page that is wanted does not exist
         lengths = state.lengths + 5
         table, used = jax.jit(functools.partial(example().allocate_pages, page_size=page))(
             state, lengths
@@ -110,7 +110,7 @@ def test_cache_stays_in_place_on_an_h200(function, h200):
         memory, hlo = compiled.memory_analysis(), compiled.as_text()
         assert memory.alias_size_in_bytes >= cache.size * cache.dtype.itemsize
         temporary.append(memory.temp_size_in_bytes)
-        # One call each: the schedule's stands outside the loop over the layers.
+        # One call each. The schedule's call is outside the loop over the layers.
         assert sorted(re.findall(r'custom_call_target="(jax_flashmla_\w+)"', hlo)) == [
             "jax_flashmla_append_kv",
             "jax_flashmla_dense_decode",

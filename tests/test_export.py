@@ -1,4 +1,4 @@
-"""Every op exported by jax.export: stored, loaded, run; with symbolic sizes where it has them."""
+"""Every op exported by jax.export: stored, loaded, run; with symbolic sizes if it takes them."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ def symbolic_sizes(row):
 @functools.cache
 def exported(row, platforms):
     """The program and its bytes, with the kernels for CUDA."""
-    fresh = jax.jit(lambda *arrays: row.run(*arrays))  # one that was not lowered before
+    fresh = jax.jit(lambda *arrays: row.run(*arrays))  # a new function, never lowered before
     export_ = export.export(fresh, platforms=platforms, disabled_checks=fm.EXPORT_DISABLED_CHECKS)
     program = export_(*row.structs(**symbolic_sizes(row)))
     return program, program.serialize()
@@ -57,7 +57,7 @@ def test_export_and_back(row, platforms):
 @pytest.mark.usefixtures("kernels")
 @ops.each(lambda row: row.targets)
 def test_export_for_cuda_from_anywhere(row):
-    """On a machine without a GPU too; and not without the checks that the library publishes."""
+    """It works without a GPU, and fails without EXPORT_DISABLED_CHECKS."""
     program, _ = exported(row, ("cuda",))
     assert set(custom_calls(program.mlir_module())) == set(row.targets)
     run = jax.jit(lambda *arrays: row.run(*arrays))
@@ -74,7 +74,7 @@ def operands_of(target, hlo):
 @pytest.mark.usefixtures("compiled_kernels", "kernels")
 @ops.each(lambda row: row.targets)
 def test_exported_program_compiles_for_an_h200(row, h200):
-    """The kernel gets no operands for the sizes that were symbolic, and the cache is aliased."""
+    """The kernel gets no operands for symbolic sizes, and the cache is aliased."""
     loaded = export.deserialize(exported(row, ("cpu", "cuda"))[1])
     structs = row.structs(h200, pages=1000) if row.symbolic else row.structs(h200)
     donated = row.cache_index if row.in_place else ()

@@ -26,7 +26,7 @@ TARGETS = {
 
 
 def step(q, k_cache, block_table, cache_seqlens, offset, new_kv, slots, schedule):
-    """Every op, and decode with each kind of schedule; `schedule` comes and goes as a pytree."""
+    """Every op, and decode with each kind of schedule; a `schedule` is an argument and a result."""
     k_cache = fm.append_kv_cache(k_cache, new_kv, slots)
     arrays = (q, k_cache, block_table, cache_seqlens, 512)
     made = fm.get_mla_metadata(cache_seqlens, S_Q * H_Q, 1, num_sms=7)
@@ -121,5 +121,5 @@ def test_results_on_a_cpu(stored):
 
 @pytest.mark.gpu
 def test_results_on_a_gpu(stored):
-    """The same bits, but where the number of SMs decides: the stored program is for 132."""
+    """The same bits, except if they depend on the number of SMs: the stored program is for 132."""
     assert_as_today(stored, exact=COPIES | {"made schedule", "fixed splits"})

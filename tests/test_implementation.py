@@ -28,7 +28,7 @@ def gaps():
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("row", "sizes", "dtype", "options", "reason"), list(gaps()))
 def test_shapes_without_a_kernel(row, sizes, dtype, options, reason):
-    """Give the reference and one warning; an error where the kernel is asked for."""
+    """They run the reference with one warning, or raise with implementation="cuda"."""
     structs = row.structs(**sizes)
     if dtype is not None:
         structs = [
@@ -45,7 +45,7 @@ def test_shapes_without_a_kernel(row, sizes, dtype, options, reason):
         program = text("auto")
     assert len(caught) == 1
     assert not custom_calls(program)
-    text("auto")  # does not warn again: that would be an error
+    text("auto")  # must not warn again; a warning would be an error
     with pytest.raises(NotImplementedError, match=reason):
         text("cuda")
 
@@ -62,7 +62,7 @@ def test_machine_without_the_kernels(row, machine):
 
 @ops.each(lambda row: row.targets)
 def test_other_gpu(row, machine):
-    """No warning there: the reference is what such a GPU is meant to run."""
+    """No warning, because such a GPU is meant to run the reference."""
     machine.has_gpu("8.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -95,7 +95,7 @@ def test_old_driver(driver, reason, machine):
 
 
 def test_extension_for_a_newer_jaxlib(machine):
-    """It is not offered to XLA: a refused handler would take the backend down."""
+    """It is not registered with XLA, because a refused handler breaks the backend."""
     runtime = machine.runtime_ffi_api()
     assert runtime is not None
     machine.has_extension(ffi_api=(runtime[0], runtime[1] + 1))

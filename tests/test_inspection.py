@@ -1,4 +1,4 @@
-"""What one looks at running programs with: profiles, debug prints, callbacks."""
+"""Tools for looking into running programs: profiles, debug prints, callbacks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from decode_step import serve_for, serve_inputs
 
 
 def test_profile(implementation, tmp_path):
-    """With the caller's annotation in it, and the kernels by name."""
+    """A profile has the caller's annotation and the names of the kernels."""
     arrays, _ = serve_inputs(2, 10, 4)
     options = COMMAND_BUFFERS["off"] if implementation == "cuda" else {}
     step = jax.jit(serve_for(implementation)).lower(*arrays).compile(compiler_options=options)

@@ -1,4 +1,4 @@
-"""Imports and includes go downwards: from an op to what ops share, never back or across."""
+"""Imports and includes go one way: from an op to what ops share, never back or to another op."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Lowest first; who imports stands above what is imported. Modules that are not named are ops.
+# Lowest first. A module may import only from lower layers. Modules that are not named are ops.
 PYTHON_LAYERS = (
     {"_targets", "_constants"},
     {"_checks"},
@@ -27,7 +27,7 @@ CUDA_LAYERS = ({"host", "sm90"}, {"mla"}, {"split_kv"}, {"<op>"})
 def layer_of(name, layers):
     """The number of a module's or a folder's layer, counted from the lowest."""
     if name.startswith("_") and not any(name in layer for layer in layers):
-        pytest.fail(f"{name} is in none of the layers of {__file__}: say where it stands")
+        pytest.fail(f"{name} is in none of the layers of {__file__}: add it to one")
     package, _, _ = name.partition(".")
     for names in (name, f"{package}.*", "<op>"):
         for i, layer in enumerate(layers):

@@ -51,7 +51,7 @@ def by_scan(step, state, xs, count):
 
 @loop_form
 def by_scan_with_cond(step, state, xs, count):
-    """Where a predicate, here always true, decides on each step."""
+    """A cond decides on each step. Its predicate is always true here."""
 
     def turn(state, x):
         results = jax.eval_shape(step, state, x)[1]
@@ -63,7 +63,7 @@ def by_scan_with_cond(step, state, xs, count):
 
 @loop_form
 def by_while_loop(step, state, xs, count):
-    """As many steps as a value on the device says."""
+    """A value on the device gives the number of steps."""
     x = jax.tree.map(lambda x: x[0], xs)
     results = jax.tree.map(
         lambda x: jnp.zeros((len(jax.tree.leaves(xs)[0]), *x.shape), x.dtype),
@@ -117,7 +117,7 @@ def test_loops_give_what_single_calls_give(row, implementation, loop):
     assert_bit_equal(actual, jax.tree.map(lambda *x: jnp.stack(x), *expected))
 
 
-# A whole decode step in loops: an append, a schedule and attention, which decide on what follows.
+# A whole decode step in loops: an append, a schedule and attention. Results decide what follows.
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_loops_give_what_single_calls_give(row, implementation, loop):
 @pytest.mark.parametrize("loop", [fori_loop, scan, while_loop, cond], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("given", [False, True])
 def test_loops_equal_the_unrolled_one(given, loop, buffers, implementation):
-    """To the bit: any bit of any result decides on all the tokens that follow."""
+    """To the bit, because every bit of a result decides all the tokens that follow."""
     k_cache, *weights = loop_weights()
     step = loop_step(weights, implementation, given)
     expected, splits = unrolled(step, loop_state(k_cache), loop)
@@ -141,7 +141,7 @@ def test_loops_equal_the_unrolled_one(given, loop, buffers, implementation):
 
 
 def test_loop_with_matmuls_of_xla(implementation):
-    """Within 1%, for XLA may sum in another order in a loop: queries and entries are bfloat16."""
+    """Within 1%: XLA may sum in another order in a loop, and queries and entries are bfloat16."""
     k_cache, table, _, _ = loop_weights()
     keys = jax.random.split(jax.random.key(0), 4)
     b, width = len(STARTS), 64

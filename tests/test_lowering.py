@@ -1,4 +1,4 @@
-"""Every op in programs for a GPU, seen without one: the calls of kernels in StableHLO text."""
+"""Every op in programs for a GPU, lowered without one: the kernel calls in StableHLO text."""
 
 import re
 
@@ -21,7 +21,7 @@ def mlir_type(struct):
 @pytest.mark.parametrize("implementation", ["auto", "cuda"])
 @ops.each(lambda row: row.targets)
 def test_program_calls_the_kernels(row, implementation):
-    """Which kernels, how often, with which attributes, operands, results and aliases."""
+    """The right kernels are called, how often and with which attributes, operands and aliases."""
     structs = row.structs()
     calls = custom_calls(text_for_cuda(row.with_implementation(implementation), *structs))
     assert {target: len(lines) for target, lines in calls.items()} == row.targets
@@ -31,7 +31,7 @@ def test_program_calls_the_kernels(row, implementation):
     line = calls[row.main_target][0]
     (names,) = re.findall(r"^\((.*?)\)", line)
     leaves = jax.tree.leaves(structs)
-    # Each operand goes straight to the kernel but for a reshape, in the order of the call.
+    # The operands go to the kernel in the order of the call, with at most a reshape between.
     assert len(names.split(", ")) == len(leaves)
     operands, results = map(types, line.split(" : ")[-1].split(" -> "))
     assert sorted(map(sizes_of, operands)) == sorted(sizes_of(mlir_type(x)) for x in leaves)
@@ -69,7 +69,7 @@ def test_shapes_of_results(row):
 
 
 @ops.each(lambda row: row.primitive)
-def test_op_stands_in_jaxprs_and_programs_by_name(row):
+def test_jaxprs_and_programs_have_the_name_of_the_op(row):
     structs = row.structs()
     for function in (row.run, jax.checkpoint(row.run)):
         assert primitives(function, *structs).count(row.primitive) == 1

@@ -38,7 +38,7 @@ def test_random_parts(dtype):
 
 @pytest.mark.parametrize("shift", [0, 1e4, -1e4])
 def test_lses_far_apart_and_far_from_zero(shift):
-    """Where exp of an lse, or of their difference, is 0 or infinite."""
+    """exp of an lse, or of a difference of two, is 0 or infinite."""
     outs, lses = random_parts(spread=100.0)
     check(outs, lses + np.float32(shift))
 
@@ -62,13 +62,13 @@ def test_attention_over_parts_is_attention_over_all():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("infinity", [np.inf, -np.inf])
-def test_empty_parts_count_for_nothing(infinity, dtype):
+def test_empty_parts_add_nothing(infinity, dtype):
     outs, lses = random_parts(dtype)
     empty = np.random.default_rng(2).random(lses.shape) < 0.5
     empty[:, 0] = True  # everywhere
     empty[:, 1] = False
     lses[empty] = infinity
-    outs[empty.swapaxes(2, 3)] = np.nan  # whatever stands there
+    outs[empty.swapaxes(2, 3)] = np.nan  # it must not matter
     out, lse = check(outs, lses)
     assert (out[0] == 0).all()
     assert (lse[0] == np.inf).all()

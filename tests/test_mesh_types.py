@@ -132,7 +132,7 @@ def test_outside_shard_map(op, name, kind, mesh):
 
 
 def test_ways_out_that_the_messages_name(mesh):
-    """They do what they are said to do: after them the op runs."""
+    """After the change that a message names, the op runs."""
     op = "append_kv_cache"
     function, _ = OPS[op]
     with jax.set_mesh(mesh):

@@ -24,7 +24,7 @@ def snippets():
 
 @functools.cache
 def docs():
-    """What the snippets define; those that run a model are left out."""
+    """The names that the snippets define, without the snippets that run a model."""
     names = {}
     exec("\n".join(code for code in snippets() if "empty_cache()," not in code), names)
     return names
@@ -144,7 +144,7 @@ def test_decode_against_plain_attention(kind, implementation):
     """Ragged prompts in chunks, then steps of one token.
 
     The first two sequences cross the end of a page, the third slot is idle, and the last sequence
-    has no second page: it gets NaN from its 65th token on, and the others take no harm.
+    has no second page: it gets NaN from its 65th token on. The others are not affected.
     """
     dtype = {"xla": "float32", "cuda": "bfloat16"}[implementation]
     step, params = model(kind)

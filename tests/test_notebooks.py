@@ -1,6 +1,6 @@
-"""Modules of the package may be reloaded, as a notebook's %autoreload does, or imported anew.
+"""Modules of the package may be reloaded, as a notebook's %autoreload does, or imported again.
 
-Each test runs in a process of its own, for a reload changes modules that other tests use.
+Each test runs in its own process, because a reload changes modules that other tests use.
 """
 
 import os
@@ -77,7 +77,7 @@ for schedule in (old, make(fm)):
 
 @pytest.mark.parametrize("cleared", [False, True])
 def test_each_module_reloaded(cleared):
-    """Old schedules and new ones serve. %autoreload empties a module before it reloads it."""
+    """Old and new schedules work. %autoreload empties a module before it reloads it."""
     clear = """
     names = {k: vars(module)[k] for k in ("__name__", "__loader__", "__spec__", "__path__")
              if k in vars(module)}
@@ -107,7 +107,7 @@ for _ in range(2):
     )
 
 
-def test_package_imported_anew():
+def test_package_imported_again():
     run(
         f"""
 for name in [name for name in sys.modules if name.split(".")[0] == "jax_flashmla"]:

@@ -1,4 +1,4 @@
-"""The table of ops: it knows every kernel, and a new op needs a row of it and no other change.
+"""The table of ops has every kernel, and a new op needs a new row and no other change.
 
 `toy_op` holds the files of a made-up op, scale_rows. They are added to a copy of the package and of
 the tests as CONTRIBUTING.md says. A handler is not compiled.
@@ -49,7 +49,7 @@ def test_axes_have_sizes(row):
 @pytest.mark.usefixtures("quick_compile")
 @ops.each_run()
 def test_one_call(row, implementation):
-    """What all the other tests build upon; for several seeds."""
+    """The call that all other tests build upon, for several seeds."""
     for seed in range(3):
         results = row.run(*row.arrays(seed), implementation=implementation)
         for x, result in zip(results, row.results, strict=True):
@@ -124,7 +124,7 @@ def test_a_row_brings_all_tests(copy):
     outcomes = run_tests_of_scale_rows(copy, *GENERIC, "tests/test_ops.py", "tests/test_layers.py")
     assert outcomes.keys() <= {"PASSED", "SKIPPED"}
     names = outcomes["PASSED"].keys()
-    for file in set(GENERIC) - {"tests/test_donation.py"}:  # it updates nothing in place
+    for file in set(GENERIC) - {"tests/test_donation.py"}:  # the op updates nothing in place
         here = re.findall(r"^def (test_\w+)", (ROOT / file).read_text("utf-8"), re.MULTILINE)
         assert names & set(here), f"nothing of {file}"
 

@@ -26,7 +26,7 @@ def digest(implementation):
 
 
 def start_process(implementation, **environment):
-    """A further process that prints its `digest`."""
+    """Starts another process, which prints its `digest`."""
     code = f"import test_processes; print(*test_processes.digest({implementation!r}))"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -45,7 +45,7 @@ def finish(process):
 
 
 def test_two_processes_and_the_cache_on_disk(implementation, tmp_path):
-    """Two at a time on one device, with a cache of programs each; then again, with hits alone."""
+    """Two at a time on one device, each with its own program cache; then again, with hits only."""
     both = [
         {
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / name),
@@ -80,7 +80,7 @@ def test_threads_call_one_compiled_step(implementation):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for _ in range(5 if implementation == "cuda" else 1):
             assert_bit_equal(list(pool.map(work, states())), expected)
-    turns = states()  # several loops under way at a time, from one thread
+    turns = states()  # several loops running at a time, started by one thread
     for _ in range(3):
         turns = [run(state) for state in turns]
     assert_bit_equal(jax.device_get(turns), expected)

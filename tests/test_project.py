@@ -1,4 +1,4 @@
-"""What several of the project's own files say must agree."""
+"""Facts that stand in several of the project's files are the same in all of them."""
 
 import re
 import subprocess

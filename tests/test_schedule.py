@@ -30,7 +30,7 @@ LENGTHS = {
     "few, one a little shorter": [320, 256, 320],
     "many": list(range(3000)),
 }
-# Lengths, the size of a split and the bound of the lengths, all in tokens.
+# Lengths, fixed_split_size and max_seqlen, all in tokens.
 FIXED = {
     "ragged": ([0, 1, 63, 64, 65, 127, 128, 129, 400, 512, 385], 128, 512),
     "beyond the bound": ([513, 100000, 3, 2**31 - 1, 512], 128, 512),
@@ -113,7 +113,7 @@ def assert_integers(metadata, num_splits, expected):
 
 @pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
 def test_integers_of_fixed_splits(lengths, size, max_seqlen, implementation, machine):
-    """Nothing asks for the SM count."""
+    """The SM count is never read."""
     machine.cannot_count_sms()
     metadata, num_splits = make_fixed(lengths, size, max_seqlen, implementation)
     assert metadata.num_parts == len(lengths) * -(-max_seqlen // size)
@@ -143,18 +143,18 @@ def test_fixed_splits_of_traced_lengths(implementation):
 @pytest.mark.parametrize("num_sms", NUM_SMS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_each_tile_has_one_owner(lengths, num_sms):
-    """Parts walk from bound to bound; what they meet is each sequence's tiles, in its splits."""
+    """All parts together have every tile of a sequence once, in the splits of num_splits."""
     b = len(lengths)
     tiles = [min(-(-max(n, 0) // TILE), 2**30 // b - OVERHEAD) for n in lengths]
     pieces = assert_one_owner(*make(lengths, num_sms, "xla"), tiles)
-    for p in range(max(1, num_sms // 2)):  # the workspace has two slots for each part
+    for p in range(max(1, num_sms // 2)):  # scratch memory holds two partial results for each part
         shared = [i for i in range(b) if len(pieces[i]) > 1 and p in [x[0] for x in pieces[i]]]
         assert len(shared) <= 2
 
 
 @pytest.mark.parametrize(("lengths", "size", "max_seqlen"), FIXED.values(), ids=FIXED)
 def test_each_tile_has_one_owner_in_fixed_splits(lengths, size, max_seqlen):
-    """And a part has tiles of one sequence alone."""
+    """The same, and a part has tiles of only one sequence."""
     tiles = [-(-max(n, 0) // TILE) for n in lengths]
     pieces = assert_one_owner(*make_fixed(lengths, size, max_seqlen), tiles)
     parts = [part for sequence in pieces for part, _, _ in sequence]
@@ -210,7 +210,7 @@ def test_equal_lengths_get_equal_splits(batch, length, splits):
         jnp.full(batch, length, jnp.int32), 64, 1, num_sms=132, implementation="xla"
     )
     np.testing.assert_array_equal(num_splits, np.arange(batch + 1) * splits)
-    step = length // TILE // splits + (splits == 2)  # the first of two has one more
+    step = length // TILE // splits + (splits == 2)  # the first of two has one more tile
     bounds = [(i, s * step) for i in range(batch) for s in range(splits)]
     np.testing.assert_array_equal(metadata.part_bounds[: len(bounds)], bounds)
 

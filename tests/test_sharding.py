@@ -1,4 +1,4 @@
-"""Every op on several devices: in jax.shard_map each device makes a call of its own."""
+"""Every op on several devices: in jax.shard_map each device makes its own call."""
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ def on_mesh(row, split, mesh, implementation="auto"):
 
 
 def placed(arrays, split, mesh):
-    """On the mesh, each split as its spec says."""
+    """The arrays on the mesh, each split according to its spec."""
     return [
         jax.tree.map(lambda x, spec=spec: jax.device_put(x, NamedSharding(mesh, spec)), operand)
         for operand, spec in zip(arrays, split.in_specs, strict=True)
@@ -68,7 +68,7 @@ def varying_operands():
 
 @pytest.mark.parametrize(("row", "varying"), list(varying_operands()))
 def test_varying_result_is_not_taken_for_replicated(row, varying):
-    """Whichever operand differs by device, the results do."""
+    """If any operand differs by device, the results do."""
     mesh = cpu_mesh((2,), ("x",))
     structs = row.structs()
     structs[varying] = jax.tree.map(
@@ -130,7 +130,7 @@ def test_partly_manual_shard_map_raises(row):
 
 @ops.each(lambda row: row.primitive and global_call(row))
 def test_explicit_sharding_outside_shard_map_raises(row):
-    """Whichever operand is sharded."""
+    """Any of the operands may be the sharded one."""
     split, mesh = Split(row, "data"), cpu_mesh((2,), ("x",), AxisType.Explicit)
     for i in range(len(row.operands)):
         if split.axis_of(row.operands[i].axes) is None:

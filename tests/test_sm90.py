@@ -1,6 +1,6 @@
 """The PTX layer (cuda/sm90) and the online softmax, a primitive at a time, against numpy.
 
-The kernels are in sm90_kernels.cu, compiled here with the compiler that the build would take.
+The kernels are in sm90_kernels.cu, compiled here with the compiler that the build would use.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ dtypes = pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=
 
 
 def find_nvcc():
-    """As cmake/CudaCompiler.cmake: CUDACXX, the wheels beside this interpreter, PATH."""
+    """Looks where cmake/CudaCompiler.cmake does: CUDACXX, the wheels of this interpreter, PATH."""
     if nvcc := os.environ.get("CUDACXX"):
         return nvcc
     command = [sys.executable, ROOT / "cmake" / "find_cuda_wheels.py"]
@@ -180,7 +180,7 @@ def test_tma_load_multicast(launch):
 
 @pytest.mark.gpu
 def test_global_flags(launch):
-    """What other blocks write arrives whole, whatever stood in the flags, time and again."""
+    """What other blocks write arrives complete, whatever was in the flags, every time."""
     rounds, pairs = 20, 12
     tiles = random((rounds, pairs, 64, 64), np.float16).view(np.uint16)
     received, shared_tiles = np.zeros_like(tiles), np.zeros_like(tiles[0])
@@ -194,7 +194,7 @@ def test_global_flags(launch):
 
 @pytest.mark.gpu
 def test_counts(launch):
-    """A count goes on from what was there, past its largest value too."""
+    """A count goes on from its old value, and wraps around past the largest one."""
     start, blocks = np.array([2**32 - 100], np.uint32), 300
     total, seen = start.copy(), np.zeros(blocks, np.uint32)
     launch("count", total, blocks, seen)
@@ -239,7 +239,7 @@ def test_pack_rounds_to_nearest_even(dtype, launch):
 @pytest.mark.gpu
 @dtypes
 def test_unpack(dtype, launch):
-    """All values in both halves, and what Pack makes of them again."""
+    """All values in both halves. Pack turns the results back into the same values."""
     low = np.arange(2**16, dtype=np.uint32)
     packed = low | low[::-1] << 16
     pairs, again = np.empty((len(packed), 2), np.float32), np.empty_like(packed)
@@ -284,7 +284,7 @@ def test_quad_max_of_four(launch):
 
 @pytest.mark.gpu
 def test_half_scale(launch):
-    """Powers of 2 that undo each other; scaled values fill what fp16 has below its end."""
+    """Two powers of 2 with product 1. Scaled values use fp16's range but do not overflow it."""
     smallest = 2.0**-112
     exponents = np.arange(-149, 128)
     powers = np.ldexp(1.0, exponents)
@@ -296,12 +296,12 @@ def test_half_scale(launch):
     largest = np.concatenate([largest, below])
     scales, scaled = np.empty((len(largest), 2), np.float32), np.empty_like(largest)
     launch("half_scale", largest, scales, scaled)
-    forth, back = scales.astype(np.float64).T
-    for scale in forth, back:
+    to_half, from_half = scales.astype(np.float64).T
+    for scale in to_half, from_half:
         assert (np.frexp(scale)[0] == 0.5).all()
         assert (scale >= info.tiny).all()
-    np.testing.assert_array_equal(forth * back, 1)
-    np.testing.assert_array_equal(scaled, largest * forth)
+    np.testing.assert_array_equal(to_half * from_half, 1)
+    np.testing.assert_array_equal(scaled, largest * to_half)
     assert (scaled < 2**15).all()
     assert (scaled[largest >= smallest] >= 2**14).all()
 
@@ -343,7 +343,7 @@ def test_wgmma_m64n128_transposed_b(accumulate, dtype, launch):
 @pytest.mark.gpu
 def test_online_softmax(launch):
     scale = 0.7
-    # What the tiles' scores lie around: the second one exceeds the first by less than the lag.
+    # The centers of the tiles' scores. The second one exceeds the first by less than the lag.
     around = np.array([0, 1, 30, -20, 60], np.float32)
     tiles = len(around)
     scores = 3 * random((tiles, 64, 64)) + around[:, None, None]

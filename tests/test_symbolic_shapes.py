@@ -78,7 +78,7 @@ def export_for_both(function, *structs):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("sizes", ["n, 3, 4", "2, p, 4", "n, p, t"])
 def test_append_under_vmap(sizes):
-    """Nobody can say that slots fit into int32 over all examples: then it is the reference."""
+    """It is not known whether int32 holds the slots of all examples, so the reference runs."""
     program = export_for_both(append(), *append_structs(sizes))
     assert kernel_calls(program) == 0
     check_append(program, 2)
@@ -99,7 +99,7 @@ def test_append_under_vmap(sizes):
 )
 @pytest.mark.parametrize("implementation", ["auto", "cuda"])
 def test_append_under_vmap_with_a_constraint(implementation, sizes, constraint):
-    """With one that bounds the slots it is the kernel."""
+    """With a constraint that bounds the slots, the kernel runs."""
     structs = append_structs(sizes, constraint)
     if implementation == "cuda":
         program = export.export(
@@ -118,7 +118,7 @@ def test_append_under_vmap_refuses_to_promise_the_kernel():
 
 
 def test_append_under_vmap_past_int32():
-    """Known sizes, and those with a constraint the other way."""
+    """With known sizes, and with a constraint that makes the slots too many."""
     for structs in (
         append_structs_of((2,), 2**26, 1),
         append_structs("n, p, t", f"n*p >= {INT32_MAX}"),
@@ -155,7 +155,7 @@ def make_fixed(lengths):
 
 @pytest.mark.parametrize("function", [make, make_fixed])
 def test_schedule_of_a_symbolic_batch_as_result(function):
-    """It knows its batch and its parts once it holds arrays, and serves a decode."""
+    """Once it holds arrays it has a batch and a number of parts, and a decode can use it."""
     (b,) = export.symbolic_shape("b")
     program = export.export(jax.jit(function))(struct(b))
     loaded = export.deserialize(program.serialize())
@@ -179,7 +179,7 @@ def test_schedule_of_a_symbolic_batch_as_result(function):
 
 
 def test_schedule_of_a_symbolic_batch_as_argument_and_result():
-    """A program that takes a schedule which another one made, and gives it back."""
+    """One program takes a schedule that another one made, and returns it."""
     (b,) = export.symbolic_shape("b")
     made = jax.eval_shape(make, struct(b))
     program = export.export(jax.jit(lambda metadata, num_splits: (metadata, num_splits + 1)))(*made)

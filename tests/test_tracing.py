@@ -1,7 +1,7 @@
 """Tracing starts no JAX backend, and gives the same before and after a backend has started.
 
-jax.distributed.initialize must come before any backend starts, and a program may well trace before
-it, to learn shapes or to build modules.
+jax.distributed.initialize must come before any backend starts. A program may trace before that, to
+learn shapes or to build modules.
 """
 
 import os
@@ -88,7 +88,7 @@ VMAPPED = [name for name in FUNCTIONS if "shard_map" not in name and "across" no
 
 
 def traces():
-    """The jaxpr of every function, alone and under vmap. Takes the other ways to trace too."""
+    """The jaxpr of every function, alone and under vmap. Traces in other ways too."""
     found = {}
     for name, (function, structs) in FUNCTIONS.items():
         jax.eval_shape(function, *structs)
@@ -103,7 +103,7 @@ def traces():
 
 
 def trace_before_and_after_a_backend():
-    """What a fresh process does; fails where tracing starts a backend or depends on one."""
+    """Runs in a new process. Fails if tracing starts a backend or depends on one."""
     before = traces()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -140,7 +140,7 @@ def test_every_public_function_is_traced():
 
 @pytest.fixture
 def replace_extension(monkeypatch):
-    """Replaces the extension, and forgets what it said afterwards."""
+    """Replaces the extension. Afterwards clears the cached SM count."""
 
     def replace(extension):
         monkeypatch.setattr(_ffi, "_C", extension)

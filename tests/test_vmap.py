@@ -1,4 +1,4 @@
-"""Every op under jax.vmap: what a Python loop over the examples gives, from one call of the op."""
+"""Every op under jax.vmap gives what a loop over the examples gives, with one call of the op."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def may_map(row, mapped):
 
 
 def choices(row):
-    """Every choice of mapped operands; of more than four one, all but the last, and all."""
+    """Every choice of mapped operands. With more than four operands: one, all but the last, all."""
     names = row.names
     if len(names) <= 4:
         found = [x for n in range(1, len(names) + 1) for x in itertools.combinations(names, n)]
@@ -54,7 +54,7 @@ def check_examples(row, results, out_axes, examples):
 
 
 def assert_one_call(row, run, arrays):
-    """Of the op itself: neither a loop, nor a call for each example."""
+    """One call of the op: neither a loop, nor a call for each example."""
     if row.primitive is not None:
         made = primitives(run, *arrays)
         assert made.count(row.primitive) == 1
@@ -108,7 +108,7 @@ def signature(line):
 
 
 def folded_rows():
-    """With the cache mapped or not, as far as the op allows."""
+    """With the cache mapped and not mapped, if the op allows both."""
     for row in ops.ROWS:
         if row.targets and not row.in_place:
             yield pytest.param(row, False, id=f"{row}", marks=row.marks)
@@ -120,7 +120,7 @@ def folded_rows():
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize(("row", "cache_is_mapped"), list(folded_rows()))
 def test_vmap_folds_into_one_call_of_the_kernel(row, cache_is_mapped, levels):
-    """The call is that of a larger batch, and of a larger pool where the cache is mapped."""
+    """The call is that of a larger batch, and of a larger pool if the cache is mapped."""
     folded = [row.batch]
     if cache_is_mapped:
         folded += row.operands[row.cache_index].axes.split()[:1]

@@ -10,8 +10,8 @@
             print(request.number, request.tokens[-1])
 
 A request is what a user submits: a prompt and how to answer it. While it runs it is one sequence of
-the batch, and it has one of max_batch slots; here a slot is a row of all arrays. A step looks at
-how many tokens a request has and how many of them are in the cache. It reads the others, at most
+the batch, and it has one of max_batch slots (in this file a slot is a row of the batch, not a place
+in the cache). Some tokens of a request are in the cache already. A step reads the others, at most
 `chunk` of them. So a prompt is read in chunks. A request that decodes has exactly one token left to
 read. A request that lost its pages has no token in the cache and reads all of them again. While any
 request has more than one token left, steps are `chunk` wide, and requests that decode take part
@@ -46,7 +46,7 @@ class Request:
     max_tokens: int
     options: dict[str, float | int]  # for sampling
     cached: int = 0  # tokens in the cache while it runs
-    reused: int = 0  # how many of them were in the cache already when it was last admitted
+    reused: int = 0  # tokens that were in the cache already when it was last admitted
     preemptions: int = 0
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
 
@@ -67,8 +67,8 @@ class ContinuousBatcher:
           block_table i32 [max_batch, max_blocks]: pages 0 .. num_blocks - 1, -1 where there is none
           cache_seqlens i32 [max_batch]: tokens of each sequence, including the new ones
           num_new i32 [max_batch]: 0 for an idle slot, whose length is 0 too
-          result: the next tokens, ints [max_batch]; or logits [max_batch, vocab], then the token
-            with the largest is taken
+          result: the next tokens, ints [max_batch]; or logits [max_batch, vocab], of which the
+            batcher takes the largest
         With `options` there is a sixth argument, a dict of arrays [max_batch].
       cache: the cache, with the pages of all layers in one buffer. It is donated: afterwards use
         `batcher.cache`.
@@ -164,7 +164,7 @@ class ContinuousBatcher:
         request.finish_reason = "cancelled"
 
     def step(self) -> list[Request]:
-        """Runs one step. Returns the requests that got a token; it is the last of their tokens."""
+        """Runs one step. Returns the requests that got a token, the last one in their `tokens`."""
         self._grow()
         self._admit()
         if not any(True for _ in self._running()):
@@ -207,7 +207,7 @@ class ContinuousBatcher:
             try:
                 reused = self.manager.allocate(request.number, request.tokens, reserve)
             except OutOfPages:
-                return  # no other goes first, or a long request might never be admitted
+                return  # nobody overtakes it, or a long request might never be admitted
             self._waiting.popleft()
             request.cached = request.reused = reused
             pages = self.manager.pages(request.number)

@@ -117,8 +117,8 @@ class BlockManager:
     def publish(self, sequence: Hashable, tokens: Sequence[int], length: int) -> None:
         """Lets other sequences share the full pages of the first `length` tokens.
 
-        Call it after these tokens are written, or after the program that writes them was enqueued,
-        before any that reads them. They must not be written again.
+        Call it after these tokens are written, or after the program that writes them was enqueued
+        and before any program that reads them is. They must not be written again.
 
         Args:
           sequence: its name.

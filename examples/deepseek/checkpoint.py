@@ -141,9 +141,9 @@ def check(tensors, wanted, config):
 
 
 def _may_be_there(name, config):
-    """Whether it is a tensor that decoding does not need.
+    """Whether a checkpoint may have this tensor although decoding does not need it.
 
-    These are constants, the head if it is tied, and layers that predict further tokens.
+    That is so for constants, a tied head, and layers that predict further tokens.
     """
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     extra = layer and 0 <= int(layer[1]) - config.layers < config.extra_layers

@@ -39,8 +39,8 @@ class ModelConfig:
     experts: int = 0  # routed ones; 0: every layer is dense
     experts_per_token: int = 0
     shared_experts: int = 0
-    dense_layers: int = 0  # number of layers at the start, which have no experts
-    moe_layer_freq: int = 1  # after them, only layers with a multiple of this as index have experts
+    dense_layers: int = 0  # the first layers, which have no experts
+    moe_layer_freq: int = 1  # after them, a layer has experts if its index is a multiple of this
     topk_method: str = "greedy"  # or group_limited_greedy, or noaux_tc
     groups: int = 1
     groups_per_token: int = 1
@@ -48,13 +48,13 @@ class ModelConfig:
     routing_scale: float = 1.0
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_interleave: bool = True  # rotates pairs of adjacent columns, else a column of each half
+    rope_interleave: bool = True  # pairs of adjacent columns rotate, else a column of each half
     yarn: Yarn | None = None
     tied: bool = False  # the head is the embedding
     bos: int | None = None
     eos: tuple[int, ...] = ()
     fp8_block: tuple[int, int] | None = None  # block size of the checkpoint's FP8 matrices
-    extra_layers: int = 0  # layers in the checkpoint after the model's: they predict more tokens
+    extra_layers: int = 0  # layers after the model's in the checkpoint; they predict more tokens
 
     @property
     def entry_dim(self):

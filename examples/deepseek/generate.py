@@ -8,7 +8,7 @@ FOLDER is from Hugging Face and has config.json, tokenizer.json and *.safetensor
 as it is: if the model expects a chat template, write it into the prompt. With random weights there
 is no tokenizer, so prompts are random tokens, and tokens are printed. The first answer is printed
 while it is generated, the others at the end. All sequences run at the same time, in a loop on the
-device. With --slots N, only N of them run at a time, with continuous batching.
+device. With --slots N, only N of them run at a time, in continuous batches.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def load(args):
 def generate(decoder, prompts, max_tokens, *, seed=0, show=lambda answer: True):
     """Returns the answers as lists of tokens, and (seconds to read, seconds to answer).
 
-    After each burst, `show` is called with the first answer so far. If it returns False, this ends.
+    After each burst, `show` gets the first answer so far. If it returns False, generation ends.
     """
     longest = [len(prompt) + max_tokens + BURST for prompt in prompts]
     state = decoder.start(len(prompts), longest, seed=seed)
@@ -174,7 +174,7 @@ def streamer(text):
     def show(answer):
         nonlocal printed
         now = text.decode(answer)
-        if not now.endswith("\N{REPLACEMENT CHARACTER}"):  # it ends within a character
+        if not now.endswith("\N{REPLACEMENT CHARACTER}"):  # else it ends inside a character
             print(now[len(printed) :], end="", flush=True)
             printed = now
         return True

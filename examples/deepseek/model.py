@@ -151,7 +151,7 @@ def attention(w, config, x, cache, layer, step):
     entries = jnp.concatenate([latent, k_rope], axis=-1).astype(cache.dtype)
 
     # Append first, because a token attends to itself too. Keep -1 (no page, or a slot where nothing
-    # is written): added to the layer's first page it would be a page of another layer.
+    # is written). With the layer's first page added it would be a page of another layer.
     first_page = layer * (cache.shape[0] // config.layers)
     table, slots = (
         jnp.where(ids < 0, -1, ids + first)

@@ -51,7 +51,7 @@ class Layout:
         return PartitionSpec(AXIS) if self.kind == "dp" else PartitionSpec()
 
     def check(self, config, batch):
-        """Raises ValueError if the devices do not divide the model or the batch."""
+        """Raises ValueError if the number of devices does not divide a size of model or batch."""
         sizes = {"batch": batch} if self.kind == "dp" else {}
         if self.kind == "tp":
             sizes = {"heads": config.heads, "mlp_width": config.mlp_width}
