@@ -1,7 +1,7 @@
 """Loads the compiled kernels and registers them with XLA.
 
-The import never raises. Where the kernels cannot run (a pure-Python install, no GPU, an old driver)
-`unavailable_reason` says why.
+The import never raises. If the kernels cannot run (a pure-Python install, another GPU, an old
+driver), `unavailable_reason` says why.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ DEFAULT_SM_COUNT = 132
 
 
 def _runtime_ffi_api() -> tuple[int, int] | None:
-    """(major, minor) of the FFI that the installed jaxlib has; None where unknown."""
+    """(major, minor) of the FFI that the installed jaxlib has; None if unknown."""
     header = os.path.join(os.path.dirname(jaxlib.__file__), "include/xla/ffi/api/c_api.h")
     try:
         with open(header, encoding="utf-8") as f:
@@ -85,7 +85,7 @@ _NOT_REGISTERED = _register()
 
 
 def local_cuda_devices() -> list[jax.Device]:
-    """This process's CUDA devices, [] where JAX has no CUDA backend. Starts the backend."""
+    """This process's CUDA devices, [] if JAX has no CUDA backend. Starts the backend."""
     try:
         return list(jax.local_devices(backend="cuda"))
     except RuntimeError:
@@ -94,7 +94,7 @@ def local_cuda_devices() -> list[jax.Device]:
 
 @functools.cache
 def sm_count() -> int:
-    """The SM count of this machine's first CUDA device, DEFAULT_SM_COUNT where there is none.
+    """The SM count of this machine's first CUDA device, DEFAULT_SM_COUNT if there is none.
 
     It comes from the driver and starts no JAX backend, so it may be called while a function is
     traced. The answer is the same before jax.distributed.initialize and after.
@@ -105,9 +105,9 @@ def sm_count() -> int:
 
 @functools.cache
 def non_hopper_device() -> str | None:
-    """The first local CUDA device that is not a Hopper GPU, in words; None where there is none.
+    """The first local CUDA device that is not a Hopper GPU, in words; None if there is none.
 
-    Also None where no CUDA device is visible, as in lowering for another machine. On that machine
+    Also None if no CUDA device is visible, as in lowering for another machine. On that machine
     the handler itself refuses a wrong device.
     """
     for device in local_cuda_devices():
@@ -118,7 +118,7 @@ def non_hopper_device() -> str | None:
 
 
 def _driver_cuda_version() -> int | None:
-    """The CUDA version of the driver, 1000 * major + 10 * minor, None where unknown."""
+    """The CUDA version of the driver, 1000 * major + 10 * minor, None if unknown."""
     try:
         query = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion
     except (OSError, AttributeError):
@@ -129,9 +129,9 @@ def _driver_cuda_version() -> int | None:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot run on this process's devices; None where they can.
+    """Why the kernels cannot run on this process's devices; None if they can.
 
-    Where no CUDA device is visible, only the installation is checked.
+    If no CUDA device is visible, only the installation is checked.
     """
     if _NOT_REGISTERED is not None:
         return _NOT_REGISTERED

@@ -4,8 +4,8 @@ An op has two forms with the same arguments and results. `reference` consists of
 consists of JAX ops around one FFI call. JAX chooses between them when it lowers a program, by the
 platform and by the op's argument `implementation`:
 
-    "auto"  the kernel on a Hopper GPU, else the reference. Where no CUDA device is visible, as in
-            lowering for another machine, "a Hopper GPU" is assumed. A Hopper machine that cannot
+    "auto"  the kernel on a Hopper GPU, else the reference. If no CUDA device is visible, as in
+            lowering for another machine, a Hopper GPU is assumed. A Hopper machine that cannot
             run the kernel gets the reference, and one warning that names the reason.
     "cuda"  the kernel, or an error.
     "xla"   the reference.

@@ -98,8 +98,8 @@ def get_slot_mapping(
       page_block_size: tokens of a page, a static int.
 
     Returns:
-      i32 [b, n]: page_id * page_block_size + offset. It is -1 where the position is negative or
-      past the table, and where its table entry is negative or so large that int32 cannot hold the
+      i32 [b, n]: page_id * page_block_size + offset. It is -1 if the position is negative or
+      past the table, or if its table entry is negative or so large that int32 cannot hold the
       slot.
 
     Raises:

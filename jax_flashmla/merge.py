@@ -85,7 +85,7 @@ def merge_attention_states_across(
 
     Args:
       out: [b, s_q, h_q, d_v], bf16, fp16 or f32, the attention over this device's keys.
-      lse: f32 [b, h_q, s_q]; +inf where the query sees none of them.
+      lse: f32 [b, h_q, s_q]; +inf for a query that sees none of them.
       axis_name: the mesh axis, or several, over which the keys are split.
 
     Returns:
