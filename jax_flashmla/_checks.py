@@ -25,7 +25,11 @@ def as_array(name: str, value: Any) -> jax.Array:
         )
     try:
         array = jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:
+        raise ValueError(f"{name} must fit into int32, got {describe(value)}") from None
+    except jax.errors.JAXTypeError:
+        raise  # as of a tracer that outlived its function: JAX says what to do
+    except (TypeError, ValueError):
         raise TypeError(f"{name} must be an array, got {describe(value)}") from None
     _refuse_partial_sums(name, array)
     return array

@@ -12,6 +12,7 @@ from ._checks import (
     check_array,
     check_axis,
     check_implementation,
+    check_never_empty,
     int32_array,
     static_int,
 )
@@ -116,6 +117,8 @@ def get_slot_mapping(
     block_table = int32_array("block_table", block_table, "b max_blocks")
     positions = int32_array("positions", positions, "b n")
     check_axis("positions", positions, 0, block_table.shape[0], "the batch of block_table")
+    check_never_empty("block_table", block_table, 0)
+    check_never_empty("block_table", block_table, 1)
     page = static_int("page_block_size", page_block_size)
     index = jnp.where(positions < 0, block_table.shape[1], positions // page)
     page_id = jnp.take_along_axis(block_table, index, axis=1, mode="fill", fill_value=-1)

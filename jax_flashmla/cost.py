@@ -94,7 +94,7 @@ def _with_shape(name: str, x: Any) -> Any:
 
 def _values(name: str, x: Any, b: int) -> Any:
     """i64 [b], wide enough for sums of any int32."""
-    if isinstance(x, jax.core.Tracer):
+    if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(x)):
         raise TypeError(f"{name} must be values, got the traced {x}; call decode_cost outside jit")
     try:
         values = np.asarray(x)

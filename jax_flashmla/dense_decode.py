@@ -106,6 +106,7 @@ def flash_mla_with_kvcache(
     block_table = _by_sequence("block_table", block_table, "b max_blocks", b)
     cache_seqlens = _by_sequence("cache_seqlens", cache_seqlens, "b", b)
     check_never_empty("q", q, 0)
+    check_never_empty("k_cache", k_cache, 0)
     check_never_empty("block_table", block_table, 1)
     scale = static_positive_float(
         "softmax_scale", d_k**-0.5 if softmax_scale is None else softmax_scale

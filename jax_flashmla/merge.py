@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import as_array, check_array, check_axis
+from ._checks import as_array, check_array, check_axis, check_never_empty
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -49,6 +49,7 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     check_array("lses", lses, "n b h_q s_q", (jnp.float32,))
     if outs.shape[0] == 0:
         raise ValueError(f"outs must hold at least one part, got shape {list(outs.shape)}")
+    check_never_empty("outs", outs, 0)
     for lses_axis, outs_axis, name in ((0, 0, "n"), (1, 1, "b"), (2, 3, "h_q"), (3, 2, "s_q")):
         check_axis("lses", lses, lses_axis, outs.shape[outs_axis], f"the {name} of outs")
 

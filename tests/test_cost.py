@@ -82,6 +82,8 @@ def test_cost_of_traced_lengths():
     q, k_cache = struct((2, 1, 4, D_K)), struct((9, 64, 1, D_K))
     with pytest.raises(TypeError, match=r"cache_seqlens must be values.*outside jit"):
         jax.jit(lambda n: fm.decode_cost(q, k_cache, n, D_V))(jnp.ones(2, jnp.int32))
+    with pytest.raises(TypeError, match=r"cache_seqlens must be values.*outside jit"):
+        jax.jit(lambda n: fm.decode_cost(q, k_cache, [n[0], 3], D_V))(jnp.ones(2, jnp.int32))
 
 
 def test_cost_of_an_offset_without_a_mask():

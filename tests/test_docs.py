@@ -162,6 +162,20 @@ def test_links_lead_to_files_and_headings(page):
     assert wrong == []
 
 
+@pytest.mark.parametrize("folder", ["jax_flashmla", "cuda", "benchmarks", "examples"])
+def test_pages_that_the_code_names_exist(folder):
+    files = [
+        p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cu", ".cuh", ".h", ".cc"}
+    ]
+    named = {
+        (path.relative_to(ROOT).as_posix(), page)
+        for path in files
+        for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert files
+    assert [(path, page) for path, page in sorted(named) if not (ROOT / page).exists()] == []
+
+
 def test_anchors_are_those_of_github():
     text = "# A call\n## What's `it` worth?\n```\n# no heading\n```\n## h_q · s_q, 1\n# A call\n"
     assert anchors(text) == ["a-call", "whats-it-worth", "h_q--s_q-1", "a-call-1"]

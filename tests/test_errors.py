@@ -128,6 +128,20 @@ def test_huge_values_are_cut():
         call("get_mla_metadata", cache_seqlens=["x" * 1000] * 1000)
 
 
+def test_numbers_past_int32():
+    message = r"^cache_seqlens must fit into int32, got \[1099511627776\] of type list"
+    with pytest.raises(ValueError, match=message):
+        call("get_mla_metadata", cache_seqlens=[2**40])
+
+
+def test_escaped_tracer_in_a_list():
+    """JAX says what it is, as it does for one that is an argument itself."""
+    escaped = []
+    jax.jit(escaped.append)(jnp.int32(3))
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        call("get_mla_metadata", cache_seqlens=escaped)
+
+
 @pytest.mark.parametrize("tokens", [0, 3])
 @pytest.mark.parametrize("function", WITH_IMPLEMENTATION)
 def test_misspelt_implementation(function, tokens):

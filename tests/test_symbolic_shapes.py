@@ -221,6 +221,7 @@ def decode(*arrays):
         ),
         ({"h_kv": "h"}, TypeError, r"only axis 0 of k_cache .*got shape \[p, 64, h, 576\]"),
         ({"b": "b - 1"}, ValueError, r'q has shape \[b - 1, .*axis 0 may be 0; .* "b - 1 >= 1"'),
+        ({"pages": "p - 1"}, ValueError, r'k_cache .*axis 0 may be 0; .* "p - 1 >= 1"'),
         ({"width": "w - 1"}, ValueError, r'block_table .*axis 1 may be 0; .* "w - 1 >= 1"'),
     ],
 )
@@ -244,3 +245,34 @@ def test_constraints_that_the_messages_name():
         assert out.shape == (b - 1, 1, 16, 512)
     with pytest.raises(ValueError, match=r'^cache_seqlens has shape \[b - 1\].* "b - 1 >= 1"'):
         jax.eval_shape(make, struct(export.symbolic_shape("b")[0] - 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "message"),
+    [
+        ("get_slot_mapping", ("n-1 w", "n-1 t"), r"block_table has shape \[n - 1, w\].* axis 0"),
+        ("get_slot_mapping", ("b n-1", "b t"), r"block_table has shape \[b, n - 1\].* axis 1"),
+        (
+            "merge_attention_states",
+            ("n-1 b s h d", "n-1 b h s"),
+            r"outs has shape \[n - 1, .*axis 0",
+        ),
+    ],
+)
+def test_symbolic_sizes_that_other_functions_refuse(function, shapes, message):
+    """Where they may be 0; with a constraint the function is exported."""
+
+    def call(*arrays):
+        return getattr(fm, function)(*arrays, *([16] if function == "get_slot_mapping" else []))
+
+    def structs(*constraints):
+        scope = export.SymbolicScope(constraints)
+        dtypes = [jnp.int32, jnp.int32] if function == "get_slot_mapping" else [jnp.float32] * 2
+        return [
+            struct(*export.symbolic_shape(shape.replace(" ", ", "), scope=scope), dtype=dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+
+    with pytest.raises(ValueError, match=f'^{message} may be 0; .* "n - 1 >= 1"'):
+        jax.eval_shape(call, *structs())
+    export.export(jax.jit(call))(*structs("n - 1 >= 1"))
