@@ -34,7 +34,7 @@ endif
 package := $(if $(strip $(uses_kernels)),$(compiled_package),$(python_package))
 
 ifeq ($(version),)
-$(error there is no Python 3.11 or newer with venv; name one: make PYTHON=...)
+$(error $(if $(PYTHON),$(PYTHON) does not run,there is no Python 3.11 or newer with venv); name one: make PYTHON=...)
 endif
 
 # The tests that depend on the version of jax: all but those of benchmarks, machine code and PyTorch,
