@@ -2,7 +2,8 @@
 //
 // The idea (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, as used in
 // FlashAttention): keep a reference value for each row, and weigh a score s by 2^(s - reference).
-// When a score exceeds the reference, raise the reference and rescale what was summed before.
+// When a score exceeds the reference, raise the reference and rescale what was summed before: the
+// sums here, O in the op that holds it (dense_decode/accumulator.cuh).
 //
 // Here the reference is not the exact maximum. It is raised only when a score exceeds it by more
 // than 8 (in base 2). Weights are then at most 2^8 instead of 1, which costs no precision in
