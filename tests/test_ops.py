@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import ops
 import pytest
 import sanitizer_sample
 
+from jax_flashmla import _ffi
 from jax_flashmla._targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +88,8 @@ def add_scale_rows(copy):
     for folder in ("jax_flashmla", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "toy_op")
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    if _ffi._C is not None:  # an editable install keeps it apart from the modules
+        shutil.copy(_ffi._C.__file__, copy / "jax_flashmla")
     shutil.copy(ROOT / "pyproject.toml", copy)
     shutil.copy(TOY / "reference.py", copy / "jax_flashmla/reference/scale_rows.py")
     shutil.copy(TOY / "scale_rows.py", copy / "jax_flashmla/scale_rows.py")
@@ -101,11 +105,14 @@ def add_scale_rows(copy):
 
 def run_tests_of_scale_rows(copy, *files):
     """{test: "passed" or "failed"} of the tests that the row makes, by their function's name."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-rA"]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
+    # -S, and the installed packages by their path: an editable install must not be found before the
+    # copy.
+    command = [sys.executable, "-S", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    path = os.pathsep.join([str(copy), sysconfig.get_path("purelib")])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_FLASHMLA_REQUIRE_GPU", None)
     done = subprocess.run(
-        [*command, "-q", "-m", "not gpu", "-k", "scale-rows", *files],
+        [*command, "-rA", "-q", "-m", "not gpu", "-k", "scale-rows", *files],
         cwd=copy, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     outcomes = re.findall(r"^(PASSED|FAILED|SKIPPED|ERROR) \S*::(\w+)", done.stdout, re.MULTILINE)
