@@ -115,7 +115,6 @@ class Scorer {
     WaitForKeys(&smem_.rope_ready.full[rope_.Stage()], rope_.Parity());
     MultiplyChunk<kChunks - 1>(scores, smem_.rope[rope_.Stage()]);
     WgmmaCommit();
-    Announce();
     Wait(&smem_.message_ready.empty[message_.Stage()], message_.Parity() ^ 1);
     WgmmaWait<0>();
     KeepInRegisters(scores);
