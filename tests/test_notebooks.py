@@ -3,11 +3,9 @@
 Each test runs in its own process, because a reload changes modules that other tests use.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 import jax_flashmla
@@ -54,18 +52,7 @@ check(fm, *old)
 
 
 def run(code):
-    process = subprocess.run(
-        [sys.executable, "-c", SETUP + code],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU has other users
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    fresh_process.finish(fresh_process.start(SETUP + code))
 
 
 CHECK_BOTH = """

@@ -3,10 +3,8 @@
 import concurrent.futures
 import functools
 import hashlib
-import os
-import subprocess
-import sys
 
+import fresh_process
 import jax
 import numpy as np
 from cases import assert_bit_equal
@@ -28,19 +26,11 @@ def digest(implementation):
 def start_process(implementation, **environment):
     """Starts another process, which prints its `digest`."""
     code = f"import test_processes; print(*test_processes.digest({implementation!r}))"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU has other users
-        **environment,
-    }
-    command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    return fresh_process.start(code, **environment)
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    bits, hits, misses = output.split()
+    bits, hits, misses = fresh_process.finish(process).split()
     return bits, int(hits), int(misses)
 
 

@@ -4,12 +4,10 @@ jax.distributed.initialize must come before any backend starts. A program may tr
 learn shapes or to build modules.
 """
 
-import os
 import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import fresh_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,19 +115,8 @@ def trace_before_and_after_a_backend():
 
 def test_tracing_starts_no_backend():
     code = "import test_tracing; test_tracing.trace_before_and_after_a_backend()"
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU has other users
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1] == f"traced {len(FUNCTIONS) + len(VMAPPED)}"
+    output = fresh_process.finish(fresh_process.start(code))
+    assert output.splitlines()[-1] == f"traced {len(FUNCTIONS) + len(VMAPPED)}"
 
 
 def test_every_public_function_is_traced():
