@@ -21,6 +21,7 @@ import jax_flashmla as mla
 from examples.deepseek.batching import ContinuousBatcher, make_step
 from examples.deepseek.block_manager import BlockManager, OutOfPages
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 settings = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)
 
 # -------------------- The block manager

@@ -30,6 +30,7 @@ def docs():
     return names
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_snippets_run():
     assert sum("empty_cache()," in code for code in snippets()) == 5
     names = {}
@@ -181,6 +182,7 @@ def test_decode_against_plain_attention(kind, implementation):
             cache = one_step(cache, 1, np.array([len(row) for row in tokens]))
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_batched_requests_equal_their_solo_runs():
     """In a pool that is too small for all of them."""
     params = plain_params()
