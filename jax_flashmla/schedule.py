@@ -210,12 +210,8 @@ def get_mla_metadata(
 def default_num_parts(rows: int, h_kv: int, num_sms: int | None = None) -> int:
     """How many SMs there are for each row tile of each KV head. A KV head has `rows` query rows."""
     if num_sms is None:
-        num_sms = _local_num_sms()
+        num_sms = _ffi.sm_count()
     return max(1, num_sms // (-(-rows // ROW_TILE) * h_kv))
-
-
-def _local_num_sms() -> int:
-    return _ffi.sm_count()
 
 
 def _fixed_splits(

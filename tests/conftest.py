@@ -15,7 +15,7 @@ import lowering
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_flashmla import _ffi, _op, schedule
+from jax_flashmla import _ffi, _op
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of several devices
 
@@ -89,14 +89,14 @@ class Machine:
         self._patch(_ffi, "_C", extension)
 
     def has_no_gpu(self):
-        self._patch(_ffi, "sm_count", lambda: 132)
+        self.has_sms(_ffi.DEFAULT_SM_COUNT)
 
     def has_sms(self, count):
         """As on a GPU, or a part of one, with this number of SMs."""
-        self._patch(schedule, "_local_num_sms", lambda: count)
+        self._patch(_ffi, "sm_count", lambda: count)
 
     def cannot_count_sms(self):
-        self._patch(schedule, "_local_num_sms", None)
+        self._patch(_ffi, "sm_count", None)
 
     runtime_ffi_api = staticmethod(_ffi._runtime_ffi_api)
     register = staticmethod(_ffi._register)
