@@ -126,7 +126,7 @@ class Demangler:
 
 
 def readable(mangled):
-    """A kernel's name without namespaces and parameters: `DenseDecodeKernel<__half, 1, true>`."""
+    """A kernel's name without namespaces and parameters: `CombineKernel<__half, 1, true>`."""
     demangler = Demangler(mangled)
     demangler.take("_Z")
     return demangler.nested()

@@ -85,7 +85,7 @@ def test_machine_code_is_that_of_the_table():
 
 def test_every_change_of_the_machine_code_is_seen(tmp_path):
     found = machine_code.figures()
-    kernel = "DenseDecodeKernel<__nv_bfloat16, 1, false>"
+    kernel = "DenseDecodeKernel<Config<__nv_bfloat16, 576, 0, 1>, false>"
     for key, old in found["kernels"][kernel].items():
         table = copy.deepcopy(found)
         table["kernels"][kernel][key] = old - 1

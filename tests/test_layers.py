@@ -21,7 +21,7 @@ PYTHON_LAYERS = (
     {"__init__"},
 )
 # Folders of cuda/; a file also includes its own folder's. Folders that are not named are ops.
-CUDA_LAYERS = ({"host", "sm90"}, {"mla"}, {"split_kv"}, {"<op>"})
+CUDA_LAYERS = ({"host", "sm90"}, {"mla"}, {"split_kv"}, {"decode"}, {"<op>"})
 
 
 def layer_of(name, layers):

@@ -7,11 +7,10 @@
 #include <optional>
 #include <string>
 
+#include "decode/operands.h"
 #include "dense_decode/kernel.cuh"
 #include "host/launch.h"
 #include "host/tensor_map.h"
-#include "split_kv/combine.h"
-#include "split_kv/operands.h"
 
 namespace jax_flashmla::dense_decode {
 namespace {
@@ -26,49 +25,46 @@ struct DecodeMaps {
   CUtensorMap q, k, k_short, o_partial;
 };
 
-template <typename T, int kClusterSize, bool kMakesSchedule>
-ffi::Error LaunchKernel(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
+template <typename Config, bool kMakesSchedule>
+ffi::Error LaunchKernel(const DecodeMaps& maps, const DenseParams& params, cudaStream_t stream) {
+  const QueryShape& query = params.decode.query;
   const int64_t blocks =
-      int64_t{params.schedule.num_parts} * params.query.num_kv_heads * params.query.row_tiles;
+      int64_t{params.decode.schedule.num_parts} * query.num_kv_heads * query.row_tiles;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
   return LaunchOverlapped(kOp, stream,
                           {.grid = dim3(blocks),
                            .block = kThreads,
-                           .shared_bytes = sizeof(SharedMemoryPlan<T>),
-                           .cluster = kClusterSize},
-                          DenseDecodeKernel<T, kClusterSize, kMakesSchedule>, maps.q, maps.k,
-                          maps.k_short, maps.o_partial, params);
+                           .shared_bytes = sizeof(SharedMemoryPlan<Config>),
+                           .cluster = Config::kClusterSize},
+                          DenseDecodeKernel<Config, kMakesSchedule>, maps.q, maps.k, maps.k_short,
+                          maps.o_partial, params);
 }
 
 // Whether two blocks form a cluster and share their pages. They must start together and wait for
 // each other, which pays only if there is much to read. The host knows just an upper bound of that:
 // the size of the block table.
-bool UsesCluster(const DecodeParams& params) {
+bool UsesCluster(const DenseParams& params) {
   constexpr int64_t kMinTokens = 1 << 16;  // times row tiles; measured on an H200
   const PageTable& table = params.table;
-  const int64_t tokens = (int64_t{table.max_pages} << table.page_shift) * params.batch;
-  return params.query.row_tiles % 2 == 0 && tokens * params.query.row_tiles > kMinTokens;
+  const int row_tiles = params.decode.query.row_tiles;
+  const int64_t tokens = (int64_t{table.max_pages} << table.page_shift) * params.decode.batch;
+  return row_tiles % 2 == 0 && tokens * row_tiles > kMinTokens;
 }
 
-template <typename T, bool kMakesSchedule>
-ffi::Error LaunchDecode(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
-  return UsesCluster(params) ? LaunchKernel<T, 2, kMakesSchedule>(maps, params, stream)
-                             : LaunchKernel<T, 1, kMakesSchedule>(maps, params, stream);
+template <typename T, int kHeadDim, bool kMakesSchedule>
+ffi::Error LaunchDecode(const DecodeMaps& maps, const DenseParams& params, cudaStream_t stream) {
+  using Alone = Config<T, kHeadDim, Keys::kPaged, 1>;
+  using Paired = Config<T, kHeadDim, Keys::kPaged, 2>;
+  return UsesCluster(params) ? LaunchKernel<Paired, kMakesSchedule>(maps, params, stream)
+                             : LaunchKernel<Alone, kMakesSchedule>(maps, params, stream);
 }
 
-template <typename T>
-ffi::Error Launch(const DecodeMaps& maps, const DecodeParams& params, cudaStream_t stream) {
-  JAX_FLASHMLA_CHECK(params.schedule.IsGiven() ? (LaunchDecode<T, false>(maps, params, stream))
-                                               : (LaunchDecode<T, true>(maps, params, stream)));
-  return LaunchCombine<T>(kOp,
-                          {.schedule = params.schedule,
-                           .partial = params.partial,
-                           .out = params.out,
-                           .lse = params.lse,
-                           .batch = params.batch,
-                           .query = params.query,
-                           .schedule_input = params.schedule_input},
-                          stream);
+template <typename T, int kHeadDim>
+ffi::Error Launch(const DecodeMaps& maps, const DenseParams& params, cudaStream_t stream) {
+  JAX_FLASHMLA_CHECK(params.decode.schedule.IsGiven()
+                         ? (LaunchDecode<T, kHeadDim, false>(maps, params, stream))
+                         : (LaunchDecode<T, kHeadDim, true>(maps, params, stream)));
+  return LaunchCombine<T>(kOp, CombineParamsOf(params.decode), stream);
 }
 
 // About how many blocks load keys, by which their loaders set their pace. It is exact if parts are
@@ -118,17 +114,16 @@ ffi::Error EncodeMaps(ffi::AnyBuffer q, ffi::AnyBuffer k_cache, ffi::AnyBuffer o
 // ---------------------------------------------------------------------------------------- handler
 
 ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
-  JAX_FLASHMLA_CHECK(CheckArgument(
-      q.element_type() == ffi::DataType::BF16 || q.element_type() == ffi::DataType::F16, kOp,
-      "q must be bf16 or fp16"));
+  JAX_FLASHMLA_CHECK(CheckElementType(kOp, q));
   JAX_FLASHMLA_CHECK(CheckArgument(q.element_type() == k_cache.element_type(), kOp,
                                    "q and k_cache must have the same dtype"));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   JAX_FLASHMLA_CHECK(CheckArgument(q_dims.size() == 4 && k_dims.size() == 4, kOp,
                                    "q and k_cache must have rank 4"));
-  JAX_FLASHMLA_CHECK(CheckShape(kOp, "q", q_dims, {q_dims[0], k_dims[2], q_dims[2], kHeadDimK}));
+  JAX_FLASHMLA_CHECK(CheckHeadDim(kOp, q_dims[3]));
+  JAX_FLASHMLA_CHECK(CheckShape(kOp, "q", q_dims, {q_dims[0], k_dims[2], q_dims[2], q_dims[3]}));
   JAX_FLASHMLA_CHECK(
-      CheckShape(kOp, "k_cache", k_dims, {k_dims[0], k_dims[1], k_dims[2], kHeadDimK}));
+      CheckShape(kOp, "k_cache", k_dims, {k_dims[0], k_dims[1], k_dims[2], q_dims[3]}));
   const int64_t page = k_dims[1];
   JAX_FLASHMLA_CHECK(
       CheckArgument(page >= kMinPage && page <= kMaxPage && (page & (page - 1)) == 0, kOp,
@@ -138,40 +133,45 @@ ffi::Error CheckOperands(ffi::AnyBuffer q, ffi::AnyBuffer k_cache) {
                        "an axis of q or k_cache is too long: " + std::to_string(largest));
 }
 
-// What may follow the first four operands: the three arrays of a schedule, then causal_offset. The
-// number of operands tells which of them a call has.
+// What may follow the first four operands: the three arrays of a schedule, causal_offset,
+// attn_sink.
 struct OptionalOperands {
   std::optional<ScheduleOperands> schedule;
   std::optional<I32<1>> causal_offset;
+  AttnSink sink{};
 };
 
-// Operand `index` of those that follow the first four, or an error if it has another type or rank.
-template <typename Buffer>
-ffi::Error ReadOperand(ffi::RemainingArgs rest, size_t index, std::optional<Buffer>* operand) {
-  const auto read = rest.get<Buffer>(index);
-  if (read.has_error()) return read.error();
-  *operand = read.value();
-  return ffi::Error::Success();
-}
-
-ffi::Error ReadOptionalOperands(ffi::RemainingArgs rest, OptionalOperands* operands) {
+// `has_sink` says whether the last operand is attn_sink. The number of the others tells which they
+// are.
+ffi::Error ReadOptionalOperands(ffi::RemainingArgs rest, bool has_sink, int64_t batch,
+                                int64_t heads, OptionalOperands* operands) {
   size_t next = 0;
-  if (rest.size() >= 3) {
-    std::optional<I32<2>> part_bounds;
-    std::optional<I32<1>> first_part, num_splits;
-    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &part_bounds));
-    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &first_part));
-    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &num_splits));
-    operands->schedule = {*part_bounds, *first_part, *num_splits};
-  }
-  if (rest.size() > next) {
-    JAX_FLASHMLA_CHECK(ReadOperand(rest, next++, &operands->causal_offset));
+  const size_t others = rest.size() - std::min<size_t>(rest.size(), has_sink ? 1 : 0);
+  if (others >= 3) JAX_FLASHMLA_CHECK(ReadScheduleOperands(rest, &next, &operands->schedule));
+  if (others > next) JAX_FLASHMLA_CHECK(ReadOperand(rest, &next, &operands->causal_offset));
+  if (has_sink) {
+    JAX_FLASHMLA_CHECK(ReadSink(kOp, rest, &next, batch, heads, &operands->sink));
   }
   return CheckArgument(
       rest.size() == next, kOp,
-      "must have 4 operands, or 7 with a schedule, and one more with causal_offset, "
-      "got " +
+      "must have 4 operands, or 7 with a schedule, one more with causal_offset and one more with "
+      "attn_sink, got " +
           std::to_string(4 + rest.size()));
+}
+
+// The attributes of a call. has_attn_sink is there only where it is true.
+struct Attributes {
+  float softmax_scale;
+  bool causal, has_attn_sink;
+};
+
+ffi::Error ReadAttributes(const ffi::Dictionary& given, Attributes* attributes) {
+  const auto softmax_scale = given.get<float>("softmax_scale");
+  if (softmax_scale.has_error()) return softmax_scale.error();
+  const auto causal = given.get<bool>("causal");
+  if (causal.has_error()) return causal.error();
+  *attributes = {*softmax_scale, *causal, given.contains("has_attn_sink")};
+  return ffi::Error::Success();
 }
 
 // q [b, h_kv, rows, d_k], k_cache [num_blocks, page_block_size, h_kv, d_k], block_table
@@ -181,8 +181,7 @@ ffi::Error DenseDecode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
                        ffi::AnyBuffer k_cache, I32<2> block_table, I32<1> cache_seqlens,
                        ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, F32Result<3> lse,
                        ffi::Result<ffi::AnyBuffer> o_partial, F32Result<4> scale_partial,
-                       F32Result<3> lse_partial, I32Result<4> flags, float softmax_scale,
-                       bool causal) {
+                       F32Result<3> lse_partial, I32Result<4> flags, const ffi::Dictionary& given) {
   JAX_FLASHMLA_CHECK(CheckOperands(q, k_cache));
   const Dims q_dims = q.dimensions(), k_dims = k_cache.dimensions();
   const int64_t batch = q_dims[0], kv_heads = q_dims[1], rows = q_dims[2];
@@ -192,9 +191,12 @@ ffi::Error DenseDecode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
   JAX_FLASHMLA_CHECK(
       CheckArgument(s_q >= 1 && rows % s_q == 0, kOp, "the rows of q must be a multiple of s_q"));
   const QueryShape query(kv_heads, rows, s_q);
+  Attributes attributes;
+  JAX_FLASHMLA_CHECK(ReadAttributes(given, &attributes));
   const Scratch scratch{*o_partial, *scale_partial, *lse_partial, *flags};
   OptionalOperands optional;
-  JAX_FLASHMLA_CHECK(ReadOptionalOperands(rest, &optional));
+  JAX_FLASHMLA_CHECK(ReadOptionalOperands(rest, attributes.has_attn_sink, batch,
+                                          kv_heads * query.group, &optional));
   TileSchedule schedule;
   JAX_FLASHMLA_CHECK(ReadSchedule(kOp, optional.schedule, batch, scratch.NumParts(), &schedule));
   if (!schedule.IsGiven()) JAX_FLASHMLA_CHECK(CheckScheduleInput(kOp, batch, kv_heads * rows));
@@ -213,28 +215,33 @@ ffi::Error DenseDecode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
   JAX_FLASHMLA_CHECK(EncodeMaps(q, k_cache, *o_partial, &maps));
   const ScheduleInput schedule_input(cache_seqlens.typed_data(), batch, scratch.NumParts(),
                                      kv_heads * rows);
-  const DecodeParams params = {
+  const DenseParams params = {
+      .decode = {.schedule = schedule,
+                 .out = out->untyped_data(),
+                 .lse = lse->typed_data(),
+                 .partial = scratch.Partials(),
+                 .flags = {scratch.Flags(), NextFlagValue()},
+                 .sink = optional.sink,
+                 .batch = static_cast<int32_t>(batch),
+                 .query = query,
+                 .scale_log2 = attributes.softmax_scale * kLog2e,
+                 .causal = attributes.causal,
+                 .schedule_input = schedule_input},
       .table = {.block_table = block_table.typed_data(),
                 .num_pages = static_cast<int32_t>(k_dims[0]),
                 .max_pages = static_cast<int32_t>(max_blocks),
                 .page_shift = std::countr_zero(static_cast<uint64_t>(k_dims[1]))},
       .cache_seqlens = cache_seqlens.typed_data(),
       .causal_offset = optional.causal_offset ? optional.causal_offset->typed_data() : nullptr,
-      .schedule = schedule,
-      .out = out->untyped_data(),
-      .lse = lse->typed_data(),
-      .partial = scratch.Partials(),
-      .flags = {scratch.Flags(), NextFlagValue()},
       .progress = scratch.Progress(),
       .loading_blocks = LoadingBlocks(schedule_input, query),
-      .batch = static_cast<int32_t>(batch),
-      .query = query,
-      .scale_log2 = softmax_scale * kLog2e,
-      .causal = causal,
-      .schedule_input = schedule_input,
   };
-  return q.element_type() == ffi::DataType::BF16 ? Launch<__nv_bfloat16>(maps, params, stream)
-                                                 : Launch<__half>(maps, params, stream);
+  const auto launch = [&]<typename T>() {
+    return q_dims[3] == kHeadDimK ? Launch<T, kHeadDimK>(maps, params, stream)
+                                  : Launch<T, kHeadDimKWithoutRope>(maps, params, stream);
+  };
+  return q.element_type() == ffi::DataType::BF16 ? launch.operator()<__nv_bfloat16>()
+                                                 : launch.operator()<__half>();
 }
 
 auto Binding() {
@@ -252,8 +259,7 @@ auto Binding() {
       .Ret<F32<4>>()
       .Ret<F32<3>>()
       .Ret<I32<4>>()
-      .Attr<float>("softmax_scale")
-      .Attr<bool>("causal");
+      .Attrs();
 }
 
 }  // namespace

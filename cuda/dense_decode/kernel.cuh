@@ -64,37 +64,35 @@
 // and for each other at the start and at the end.
 #pragma once
 
-#include "dense_decode/accumulator.cuh"
+#include "decode/roles.cuh"
 #include "dense_decode/loader.cuh"
-#include "dense_decode/scorer.cuh"
 #include "split_kv/planner.cuh"
 
 namespace jax_flashmla::dense_decode {
 
-template <int kClusterSize>
-__device__ __forceinline__ void AwaitCluster() {
-  if constexpr (kClusterSize > 1) ClusterWait();
-}
+constexpr int kLoadWarp = 0, kPlanWarp = 1, kJoinWarp = 2;  // of the load warpgroup
 
 // The three warps of the load warpgroup that have something to do. The warps come back together
 // (__syncwarp) before each wait for the cluster, because barrier.cluster is an aligned instruction.
-template <typename T, int kClusterSize, bool kMakesSchedule>
-__device__ __forceinline__ void RunLoadWarpgroup(SharedMemoryPlan<T>& smem, const LoadMaps& maps,
-                                                 const DecodeParams& params,
+template <typename Config, bool kMakesSchedule>
+__device__ __forceinline__ void RunLoadWarpgroup(SharedMemoryPlan<Config>& smem,
+                                                 const LoadMaps& maps, const DenseParams& params,
+                                                 const BlockBounds<kMakesSchedule>& bounds,
                                                  const BlockWork& work) {
-  const BlockBounds<kMakesSchedule> bounds{smem.bounds, params.schedule, params.batch};
+  constexpr int kClusterSize = Config::kClusterSize;
+  const DecodeParams& decode = params.decode;
   const int warp = WarpUniform(threadIdx.x / kWarpSize) % kWarpsPerWarpgroup;
   if (warp == kPlanWarp) {
     // Plan touches its own block alone, so it waits for the cluster only afterwards. (Under
     // racecheck the wait returns when all threads are there. Waiting first, plan would then never
     // get to make room for a block with more than kPieceStages pieces.)
     const PageSource<kPageStages> source(params.table, params.cache_seqlens, params.causal_offset,
-                                         params.query.s_q, smem.pages, smem.pages_ready);
+                                         decode.query.s_q, smem.keys.ids, smem.keys.ready);
     Planner(source, bounds, smem.pieces, smem.pieces_ready).Run(work);
     __syncwarp();
     AwaitCluster<kClusterSize>();
   } else if (warp == kLoadWarp) {
-    Loader<T, kClusterSize> loader(smem, maps, params, work);
+    Loader<Config> loader(smem, maps, params, work);
     const bool elected = IsElected();
     if (elected) loader.LoadFirstQueries(work);
     __syncwarp();
@@ -103,68 +101,32 @@ __device__ __forceinline__ void RunLoadWarpgroup(SharedMemoryPlan<T>& smem, cons
   } else {
     AwaitCluster<kClusterSize>();
     if (warp == kJoinWarp) {
-      Joiner<kWritingWarps, kMakesSchedule>(smem.other, bounds, params.query, params.partial,
-                                            params.flags)
+      Joiner<kWritingWarps, kMakesSchedule>(smem.other, bounds, decode.query, decode.partial,
+                                            decode.flags)
           .Run(work);
     }
   }
   __syncwarp();
 }
 
-template <typename T, int kClusterSize, bool kMakesSchedule>
+template <typename Config, bool kMakesSchedule>
 __global__ void __launch_bounds__(kThreads, 1)
     DenseDecodeKernel(const __grid_constant__ CUtensorMap q_map,
                       const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ CUtensorMap k_short_map,
                       const __grid_constant__ CUtensorMap o_map,
-                      const __grid_constant__ DecodeParams params) {
+                      const __grid_constant__ DenseParams params) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& smem = *reinterpret_cast<SharedMemoryPlan<T>*>(shared_memory);
-  if (threadIdx.x == 0) smem.template InitBarriers<kClusterSize>();
+  auto& smem = *reinterpret_cast<SharedMemoryPlan<Config>*>(shared_memory);
   if (threadIdx.x == kWarpSize) {
     PrefetchTensorMap(&q_map);
     PrefetchTensorMap(&k_map);
   }
-  WaitForPriorKernels();
-  BlockWork work(params.query, params.schedule.num_parts);
-  if constexpr (kMakesSchedule) {
-    MakeBounds<kThreads>(params.schedule_input, params.schedule.num_parts, params.batch, work.part,
-                         smem.warp_sums, smem.bounds);
-  } else {
-    // These loads are in flight while the block meets below.
-    work.SetBounds(params.schedule.part_bounds + work.part);
-  }
-  // Nobody waits for the other block of the cluster here: each role waits before it first writes to
-  // that block or signals it.
-  if constexpr (kClusterSize > 1) {
-    __syncwarp();
-    ClusterArrive();
-  }
-  __syncthreads();
-  AllowNextKernel();  // after the wait for prior kernels, because combine relies on that order
-  if constexpr (kMakesSchedule) {
-    work.SetBounds(smem.bounds + kOwnBegin);
-  } else {
-    work.ClampBounds(params.batch);
-  }
-
-  const int warpgroup = WarpUniform(threadIdx.x / kWarpgroupSize);
-  if (warpgroup == kLoadWarpgroup) {
-    ShrinkRegisters<kLoadRegisters>();
-    RunLoadWarpgroup<T, kClusterSize, kMakesSchedule>(smem, {q_map, k_map, k_short_map, o_map},
-                                                      params, work);
-  } else if (warpgroup == kScoreWarpgroup) {
-    GrowRegisters<kScoreRegisters>();
-    AwaitCluster<kClusterSize>();
-    Scorer<T, kClusterSize>(smem, params).Run(work);
-  } else {
-    GrowRegisters<kValueRegisters>();
-    AwaitCluster<kClusterSize>();
-    ValueAccumulator<T, kClusterSize>(smem, params, warpgroup).Run(work);
-  }
-  // A block must not leave while the other block of its cluster may still write to its memory.
-  if constexpr (kClusterSize > 1) ClusterArrive();
-  AwaitCluster<kClusterSize>();
+  RunBlock<Config, kMakesSchedule>(
+      smem, params.decode, [&](const BlockBounds<kMakesSchedule>& bounds, const BlockWork& work) {
+        RunLoadWarpgroup<Config, kMakesSchedule>(smem, {q_map, k_map, k_short_map, o_map}, params,
+                                                 bounds, work);
+      });
 }
 
 }  // namespace jax_flashmla::dense_decode

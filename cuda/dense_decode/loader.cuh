@@ -1,10 +1,27 @@
 // The loading thread of dense decode: it issues all copies into shared memory.
 #pragma once
 
-#include "dense_decode/block.cuh"
+#include "decode/block.cuh"
 #include "sm90/tma.cuh"
+#include "split_kv/page_source.cuh"
 
 namespace jax_flashmla::dense_decode {
+
+using namespace decode;  // NOLINT: used in nearly every line
+
+constexpr int kShortBoxTokens = 16;  // a short last tile is loaded in boxes of this many
+
+// The parameters of dense decode.
+struct DenseParams {
+  DecodeParams decode;
+  PageTable table;
+  const int32_t* cache_seqlens;  // [b]
+  const int32_t* causal_offset;  // [b], or null
+  // The cost units that all blocks have done so far, plus whatever it held before. It sets the pace
+  // of the loaders and nothing else. It shares memory with the flags.
+  uint32_t* progress;
+  int32_t loading_blocks;  // 0: not all blocks run at once, so none adapts its pace
+};
 
 // The tensor maps of what is loaded: queries, keys in boxes of a tile or a page, keys in short
 // boxes, and the partial results of other splits.
@@ -12,11 +29,15 @@ struct LoadMaps {
   const CUtensorMap &q, &k, &k_short, &o_partial;
 };
 
-template <typename T, int kClusterSize>
+template <typename Config>
 class Loader {
+  using T = Config::Element;
+  static constexpr int kClusterSize = Config::kClusterSize;
+  static constexpr int kChunks = Config::kChunks, kTailChunks = Config::kTailChunks;
+
  public:
-  __device__ __forceinline__ Loader(SharedMemoryPlan<T>& smem, const LoadMaps& maps,
-                                    const DecodeParams& params, const BlockWork& work)
+  __device__ __forceinline__ Loader(SharedMemoryPlan<Config>& smem, const LoadMaps& maps,
+                                    const DenseParams& params, const BlockWork& work)
       : smem_(smem), maps_(maps), params_(params), kv_head_(work.kv_head) {
     if constexpr (kClusterSize > 1) turn_ = ClusterRank();
   }
@@ -36,7 +57,7 @@ class Loader {
     // If no other cluster reads these pages, let them leave the L2 first: that leaves
     // room for partial results. It is slower if nothing is split, so only a part that
     // shares a sequence does.
-    const bool read_once = params_.query.row_tiles <= kClusterSize;
+    const bool read_once = params_.decode.query.row_tiles <= kClusterSize;
     const bool shares_sequence = work.begin.tile > 0 || work.end.tile > 0;
     evict_first_ = read_once && shares_sequence;
     for (int left = work.NumPieces(); left > 0; --left) {
@@ -113,14 +134,15 @@ class Loader {
   }
 
   __device__ __forceinline__ void LoadTailQueries(int row, int sequence) {
-    Wait(&smem_.q_tail_ready.empty[0], q_parity_ ^ 1);
-    q_parity_ ^= 1;
-    ArriveExpectBytes(&smem_.q_tail_ready.full[0], kTailChunks * SmemTile<T>::kBytes);
+    Barrier* full = &smem_.q_tail_ready.full[q_tail_.Stage()];
+    Wait(&smem_.q_tail_ready.empty[q_tail_.Stage()], q_tail_.Parity() ^ 1);
+    ArriveExpectBytes(full, kTailChunks * SmemTile<T>::kBytes);
 #pragma unroll
     for (int c = 0; c < kTailChunks; ++c) {
-      TmaLoad4d(&smem_.q_tail[c], &maps_.q, &smem_.q_tail_ready.full[0], kEvictNormal,
+      TmaLoad4d(&smem_.q_tail[q_tail_.Stage()][c], &maps_.q, full, kEvictNormal,
                 (kRegisterChunks + c) * kChunkColumns, row, kv_head_, sequence);
     }
+    q_tail_.Advance();
   }
 
   // Loads a tile; `tokens`: how many the sequence has from this tile on. Of a short tile only these
@@ -165,10 +187,12 @@ class Loader {
       }
       v_.Advance();
     }
-    Wait(&smem_.rope_ready.empty[rope_.Stage()], rope_.Parity() ^ 1);
-    ArriveExpectBytes(&smem_.rope_ready.full[rope_.Stage()], bytes());
-    load(&smem_.rope[rope_.Stage()], &smem_.rope_ready.full[rope_.Stage()], kChunks - 1);
-    rope_.Advance();
+    if constexpr (Config::kHasRope) {
+      Wait(&smem_.rope_ready.empty[rope_.Stage()], rope_.Parity() ^ 1);
+      ArriveExpectBytes(&smem_.rope_ready.full[rope_.Stage()], bytes());
+      load(&smem_.rope.tiles[rope_.Stage()], &smem_.rope_ready.full[rope_.Stage()], kChunks - 1);
+      rope_.Advance();
+    }
     if constexpr (kIsPaced) FollowProgress();
   }
 
@@ -229,16 +253,16 @@ class Loader {
 
   // The open page ids, from that of page `page` of the sequence on.
   __device__ __forceinline__ const int* PageIds(int page) const {
-    return &smem_.pages[pages_.Stage()][page - (ids_end_ - kWarpSize)];
+    return &smem_.keys.ids[pages_.Stage()][page - (ids_end_ - kWarpSize)];
   }
 
   // Opens the next stage of 32 page ids. The first is the id of page `page` of the sequence.
   __device__ __forceinline__ void OpenIds(int page) {
-    Wait(&smem_.pages_ready.full[pages_.Stage()], pages_.Parity());
+    Wait(&smem_.keys.ready.full[pages_.Stage()], pages_.Parity());
     ids_end_ = page + kWarpSize;
   }
   __device__ __forceinline__ void CloseIds() {
-    Arrive(&smem_.pages_ready.empty[pages_.Stage()]);
+    Arrive(&smem_.keys.ready.empty[pages_.Stage()]);
     pages_.Advance();
   }
 
@@ -277,9 +301,9 @@ class Loader {
     }
   }
 
-  SharedMemoryPlan<T>& smem_;
+  SharedMemoryPlan<Config>& smem_;
   const LoadMaps& maps_;
-  const DecodeParams& params_;
+  const DenseParams& params_;
   bool evict_first_;  // whether keys may leave the L2 first
   const int kv_head_;
   int end_;       // the end of this piece, as a tile
@@ -290,10 +314,11 @@ class Loader {
   // progress_: cost units done by all blocks so far. fair_progress_: what it would be if every
   // block were as far as this one.
   uint32_t fair_progress_, progress_;
-  uint32_t turn_ = 0, q_parity_ = 0;
+  uint32_t turn_ = 0;
   int ids_end_;  // the end of the open page ids, as a page of the sequence
   RingCursor<kPieceStages> piece_;
   RingCursor<kPageStages> pages_;
+  RingCursor<Config::kTailStages> q_tail_;
   RingCursor<kValueStages> v_;
   RingCursor<kRopeStages> rope_;
 };

@@ -44,6 +44,24 @@ __device__ __forceinline__ void MaskFrom(float (&d)[32], int top, int bottom) {
   }
 }
 
+// Masks the columns of a [64 x 64] fragment whose bit is 0. The bits lie as loading warps set them
+// (decode/block.cuh): column 16i + 4w + q is bit 4i + q of half-word w.
+__device__ __forceinline__ void MaskByBits(float (&d)[32], uint2 words) {
+  // Moves this thread's first column to bit 0, so that constants are compared below.
+  const int shift = (threadIdx.x / 2 % 2) * 16 + (threadIdx.x % 2) * 2;
+  words.x >>= shift;
+  words.y >>= shift;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t word = j % 2 == 0 ? words.x : words.y;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (word >> (j / 2 * 4 + i) & 1) continue;
+      d[4 * j + i] = d[4 * j + 2 + i] = -INFINITY;
+    }
+  }
+}
+
 // The softmax of this thread's two rows.
 class OnlineSoftmax {
  public:

@@ -10,6 +10,13 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Hides from the compiler how a value was computed. The compiler then recomputes it where it is
+// used, instead of keeping it in a register across a loop that has none to spare.
+__device__ __forceinline__ int Opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Tells the compiler that a value is the same in all lanes, so that branches on it stay uniform.
 __device__ __forceinline__ int WarpUniform(int value) { return __shfl_sync(kFullWarp, value, 0); }
 

@@ -30,6 +30,9 @@ struct RingBarriers {
 template <int kStages>
 class RingCursor {
  public:
+  RingCursor() = default;
+  // After `count` stages.
+  __device__ __forceinline__ explicit RingCursor(uint32_t count) : n_(count % (2 * kStages)) {}
   __device__ __forceinline__ int Stage() const { return n_ < kStages ? n_ : n_ - kStages; }
   __device__ __forceinline__ uint32_t Parity() const { return n_ >= kStages; }
   __device__ __forceinline__ void Advance(int by = 1) {
@@ -60,13 +63,6 @@ __device__ __forceinline__ void Release(Barrier* empty) {
   } else {
     if (lane < kClusterSize) ArriveAtRank(empty, lane);
   }
-}
-
-// Hides from the compiler how a value was computed. The compiler then recomputes it where it is
-// used, instead of keeping it in a register across a loop that has none to spare.
-__device__ __forceinline__ int Opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 
 }  // namespace jax_flashmla::sm90

@@ -271,7 +271,11 @@ __device__ __forceinline__ void CombineSlice(const CombineParams& params,
                                                 element);
   }
   if constexpr (IsShared(kCut)) sum = SumOverGroups<BlockWarps(kCut)>(sum, groups);
-  const float factor = sum.weight == 0.f ? 0.f : 1.f / sum.weight;
+  const float lse2 = log2f(sum.weight) + WeightBase(sum.largest);  // -inf where no key was seen
+  float factor = sum.weight == 0.f ? 0.f : 1.f / sum.weight;
+  if (params.sink.IsGiven() && row < params.query.rows) {
+    factor *= params.sink.ShareOfKeys(params.query, sequence.sequence, kv_head, row, lse2);
+  }
   const int64_t out_row = params.query.Row(sequence.sequence, kv_head, row);
   T* out = static_cast<T*>(params.out) + out_row * kHeadDimV + element;
   const bool writes = share == 0 && row < params.query.rows;
@@ -281,8 +285,7 @@ __device__ __forceinline__ void CombineSlice(const CombineParams& params,
     if (writes) *reinterpret_cast<uint4*>(out + j * kQuarterColumns) = columns;
   }
   if (writes && element == 0) {
-    const float lse = log2f(sum.weight) + WeightBase(sum.largest);  // -inf where no key was seen
-    params.lse[params.query.LseRow(sequence.sequence, kv_head, row)] = NaturalLse(lse);
+    params.lse[params.query.LseRow(sequence.sequence, kv_head, row)] = NaturalLse(lse2);
   }
 }
 

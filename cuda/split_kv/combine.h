@@ -2,6 +2,7 @@
 #pragma once
 
 #include "host/launch.h"
+#include "mla/sink.cuh"
 #include "split_kv/partial_result.cuh"
 #include "split_kv/schedule.cuh"
 
@@ -14,6 +15,7 @@ struct CombineParams {
   float* lse;  // [b, h_q, s_q], natural
   int32_t batch;
   QueryShape query;
+  AttnSink sink;
   ScheduleInput schedule_input;  // the schedule is made from this where none is given
 };
 

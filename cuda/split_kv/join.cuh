@@ -50,6 +50,13 @@ struct OtherSplit {
       }
     }
   }
+
+  // Multiplies the weights of a row of this thread.
+  __device__ __forceinline__ void ScaleWeights(int row, float by) {
+    if (!IsFirstOfQuad()) return;
+#pragma unroll
+    for (int q = 0; q < kQuarters; ++q) weight[q][row] *= by;
+  }
 };
 
 // The join warp. `kWritingWarps`: how many warps of the other block set a flag.

@@ -6,6 +6,25 @@
 
 namespace jax_flashmla::split_kv {
 
+// Fills in which tiles of its sequence a piece has, from tile `first` on, and where its result
+// goes. Its sequence and length are there already.
+template <bool kMakesSchedule>
+__device__ __forceinline__ void CutPiece(Piece& piece, int first, const BlockWork& work,
+                                         const BlockBounds<kMakesSchedule>& bounds) {
+  const int tiles = piece.length / kTileTokens + (piece.length % kTileTokens != 0);
+  const bool continues = piece.sequence == work.end.sequence;  // in the next part
+  // The last split runs to the actual length, even if the schedule was made for another one.
+  const int end = continues ? min(work.end.tile, tiles) : tiles;
+  piece.first_tile = min(first, tiles);
+  piece.num_tiles = max(end - piece.first_tile, 0);
+  const bool shared = first > 0 || continues;
+  // The bound of the part that makes the second split, if there are two.
+  const int second = first > 0 ? kOwnBegin : kOwnBegin + 1;
+  piece.joined = shared && bounds.BeginsInSecondOfTwo(work.part, second);
+  const bool writes_result = !shared || (piece.joined && first == 0);
+  piece.partial_index = writes_result ? -1 : PartialIndex(work.part, first == 0);
+}
+
 // One warp. `Source` knows where the tokens of a sequence are (PageSource: in the pages of a block
 // table). It has Prefetch(sequence, first_tile), ReadSequence(piece) and Plan(piece, prefetched).
 template <typename Source, int kStages, bool kMakesSchedule>
@@ -39,18 +58,7 @@ class Planner {
     Piece piece;
     piece.sequence = sequence;
     source_.ReadSequence(piece);
-    const int tiles = piece.length / kTileTokens + (piece.length % kTileTokens != 0);
-    const bool continues = sequence == work.end.sequence;  // in the next part
-    // The last split runs to the actual length, even if the schedule was made for another one.
-    const int end = continues ? min(work.end.tile, tiles) : tiles;
-    piece.first_tile = min(first, tiles);
-    piece.num_tiles = max(end - piece.first_tile, 0);
-    const bool shared = first > 0 || continues;
-    // The bound of the part that makes the second split, if there are two.
-    const int second = first > 0 ? kOwnBegin : kOwnBegin + 1;
-    piece.joined = shared && bounds_.BeginsInSecondOfTwo(work.part, second);
-    const bool writes_result = !shared || (piece.joined && first == 0);
-    piece.partial_index = writes_result ? -1 : PartialIndex(work.part, first == 0);
+    CutPiece(piece, first, work, bounds_);
     return piece;
   }
 

@@ -149,7 +149,9 @@ class Scheduler {
 
   // The inclusive prefix sum of `value` over the threads. `total` returns the sum over all threads.
   __device__ __forceinline__ int Scan(int value, int* total) {
-    const int lane = threadIdx.x % sm90::kWarpSize, warp = threadIdx.x / sm90::kWarpSize;
+    // Opaque: else some kernels would keep the lane in a register, or spill it, from here on.
+    const int lane = sm90::Opaque(threadIdx.x) % sm90::kWarpSize;
+    const int warp = threadIdx.x / sm90::kWarpSize;
     value = WarpScan(value);
     if (lane == sm90::kWarpSize - 1) warp_sums_[warp] = value;
     __syncthreads();
@@ -230,7 +232,7 @@ class Scheduler {
   }
 
   static __device__ __forceinline__ int WarpScan(int value) {
-    const int lane = threadIdx.x % sm90::kWarpSize;
+    const int lane = sm90::Opaque(threadIdx.x) % sm90::kWarpSize;
 #pragma unroll
     for (int step = 1; step < sm90::kWarpSize; step *= 2) {
       const int before = __shfl_up_sync(sm90::kFullWarp, value, step);

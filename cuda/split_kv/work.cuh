@@ -18,6 +18,7 @@ struct BlockWork {
   int part, kv_head, row_tile;
   PartBound begin, end;
 
+  BlockWork() = default;
   __device__ __forceinline__ BlockWork(const QueryShape& query, int num_parts) {
     row_tile = blockIdx.x % query.row_tiles;
     kv_head = blockIdx.x / query.row_tiles % query.num_kv_heads;
@@ -47,6 +48,7 @@ struct Piece {
   int32_t num_tiles;      // may be 0
   int32_t partial_index;  // where the partial result goes; -1: this block writes the final result
   int32_t joined;         // the sequence has two splits, and this block makes one of them
+  int32_t main_length;    // of a list of tokens: without those of the extra list
   int32_t invalid;        // a page id outside the pool, or a length beyond the block table
   int32_t causal_offset;  // clamped to [-length, s_q]; beyond that it would change nothing
 

@@ -1,15 +1,15 @@
-// The score warpgroup of dense decode: S = Q K^T, softmax, P.
+// The score warpgroup of a decode block: S = Q K^T, softmax, P.
 #pragma once
 
-#include "dense_decode/block.cuh"
+#include "decode/block.cuh"
 #include "mla/softmax.cuh"
 
-namespace jax_flashmla::dense_decode {
+namespace jax_flashmla::decode {
 
-template <typename T, int kClusterSize>
+template <typename Config>
 class Scorer {
  public:
-  __device__ __forceinline__ Scorer(SharedMemoryPlan<T>& smem, const DecodeParams& params)
+  __device__ __forceinline__ Scorer(SharedMemoryPlan<Config>& smem, const DecodeParams& params)
       : smem_(smem), params_(params) {}
 
   __device__ __forceinline__ void Run(const BlockWork& work) {
@@ -25,15 +25,14 @@ class Scorer {
       const int all_visible = VisibleKeys(first_row, piece);
       OnlineSoftmax softmax;
       if (piece.HasQueries(i == 0)) LoadQueries();
-      if (num_tiles > 0) {
-        Wait(&smem_.q_tail_ready.full[0], q_parity_);
-        q_parity_ ^= 1;
-      }
+      if (num_tiles > 0) WaitForTailQueries();
       for (int t = first_tile; t < first_tile + num_tiles; ++t) {
         float scores[32];
         MultiplyQueriesAndKeys(scores);
-        if (t == first_tile + num_tiles - 1) Release<1>(&smem_.q_tail_ready.empty[0]);
-        if (t * kTileTokens > all_visible - kTileTokens) {
+        if (t == first_tile + num_tiles - 1) ReleaseTailQueries();
+        if constexpr (kIsListed) {
+          MaskInvalidTokens(scores);
+        } else if (t * kTileTokens > all_visible - kTileTokens) {
           MaskFrom(scores, visible[0] - t * kTileTokens, visible[1] - t * kTileTokens);
         }
         float factor[2];
@@ -57,6 +56,10 @@ class Scorer {
   }
 
  private:
+  using T = Config::Element;
+  static constexpr int kChunks = Config::kChunks, kClusterSize = Config::kClusterSize;
+  static constexpr bool kIsListed = Config::kKeys == Keys::kListed;
+
   // How many keys query row `row` sees. The causal mask is aligned to the bottom right: the last
   // query sees all keys, the one before it all but the last. The offset moves that boundary.
   __device__ __forceinline__ int VisibleKeys(int row, const Piece& piece) const {
@@ -86,6 +89,29 @@ class Scorer {
     }
   }
 
+  __device__ __forceinline__ void WaitForTailQueries() {
+    Wait(&smem_.q_tail_ready.full[q_tail_.Stage()], q_tail_.Parity());
+    OrderGatheredKeys();
+  }
+  __device__ __forceinline__ void ReleaseTailQueries() {
+    Release<1>(&smem_.q_tail_ready.empty[q_tail_.Stage()]);
+    q_tail_.Advance();
+  }
+
+  // The copy engine writes what the tensor cores read by the same proxy. Gathered keys are written
+  // by another one, so that a fence must stand between.
+  __device__ __forceinline__ void OrderGatheredKeys() {
+    if constexpr (kIsListed) FenceAsyncProxy();
+  }
+
+  // Sets the scores of tokens to -inf that no valid index names.
+  __device__ __forceinline__ void MaskInvalidTokens(float (&scores)[32]) {
+    Wait(&smem_.keys.written[token_mask_.Stage()], token_mask_.Parity());
+    const uint2 words = *reinterpret_cast<const uint2*>(smem_.keys.words[token_mask_.Stage()]);
+    token_mask_.Advance();
+    if ((words.x & words.y) != ~0u) MaskByBits(scores, words);
+  }
+
   // Tells value that the last P is ready, unless that was done already. Every lane arrives,
   // although one lane would do after __syncwarp(): racecheck follows each thread by itself, and so
   // sees that all have written P and have read the queries in stages whose rows value may clear
@@ -97,29 +123,53 @@ class Scorer {
 
   // Waits for keys. If they are not there yet, announces P first, so that value can go on.
   __device__ __forceinline__ void WaitForKeys(Barrier* full, uint32_t parity) {
+    if (kIsListed && tile_is_here_) return;
     if (!TestWait(full, parity)) {
       Announce();
       Wait(full, parity);
     }
     __syncwarp();
+    OrderGatheredKeys();
+  }
+
+  // Gathered keys need a fence before they are multiplied. Where the whole tile is there already,
+  // one will do.
+  __device__ __forceinline__ void LookForTile() {
+    tile_is_here_ = TestWait(&smem_.v_ready.full[v_.Stage()], v_.Parity());
+#pragma unroll
+    for (int quarter = 1; quarter < kQuarters; ++quarter) {
+      RingCursor<kValueStages> v = v_;
+      v.Advance(quarter);
+      tile_is_here_ &= TestWait(&smem_.v_ready.full[v.Stage()], v.Parity());
+    }
+    if constexpr (Config::kHasRope) {
+      tile_is_here_ &= TestWait(&smem_.rope_ready.full[rope_.Stage()], rope_.Parity());
+    }
+    tile_is_here_ = __all_sync(kFullWarp, tile_is_here_);
+    if (tile_is_here_) OrderGatheredKeys();
   }
 
   // S = Q K^T of the next tile in the ring. On return the stage for its P is free as well.
   __device__ __forceinline__ void MultiplyQueriesAndKeys(float (&scores)[32]) {
+    if constexpr (kIsListed) LookForTile();
     WgmmaFence();
     MultiplyQuarter<0>(scores);
     MultiplyQuarter<1>(scores);
     MultiplyQuarter<2>(scores);
     Announce();
     MultiplyQuarter<3>(scores);
-    WaitForKeys(&smem_.rope_ready.full[rope_.Stage()], rope_.Parity());
-    MultiplyChunk<kChunks - 1>(scores, smem_.rope[rope_.Stage()]);
+    if constexpr (Config::kHasRope) {
+      WaitForKeys(&smem_.rope_ready.full[rope_.Stage()], rope_.Parity());
+      MultiplyChunk<kChunks - 1>(scores, smem_.rope.tiles[rope_.Stage()]);
+    }
     WgmmaCommit();
     Wait(&smem_.message_ready.empty[message_.Stage()], message_.Parity() ^ 1);
     WgmmaWait<0>();
     KeepInRegisters(scores);
-    Release<kClusterSize>(&smem_.rope_ready.empty[rope_.Stage()]);
-    rope_.Advance();
+    if constexpr (Config::kHasRope) {
+      Release<kClusterSize>(&smem_.rope_ready.empty[rope_.Stage()]);
+      rope_.Advance();
+    }
   }
 
   template <int kQuarter>
@@ -141,7 +191,8 @@ class Scorer {
       if constexpr (kChunk < kRegisterChunks) {
         WgmmaM64N64RegA<T>(scores, q_[kChunk][k], b + k * kStep, kChunk > 0 || k > 0);
       } else {
-        const uint64_t a = smem_.q_tail[kChunk - kRegisterChunks].DescriptorAlongColumns();
+        const uint64_t a =
+            smem_.q_tail[q_tail_.Stage()][kChunk - kRegisterChunks].DescriptorAlongColumns();
         WgmmaM64N64<T>(scores, a + k * kStep, b + k * kStep, 1);
       }
     }
@@ -164,6 +215,7 @@ class Scorer {
       factor[0] = factor[1] = lse2[0] = lse2[1] = NAN;
     }
     if (piece.AddsOther()) smem_.other.AddOther(factor, lse2);
+    if (params_.sink.IsGiven() && piece.partial_index < 0) AddSink(work, piece, lse2, factor);
     Wait(&smem_.message_ready.empty[message_.Stage()], message_.Parity() ^ 1);
     WriteFactors(factor);
     __syncwarp();
@@ -183,15 +235,32 @@ class Scorer {
     if (piece.joined && piece.partial_index >= 0) params_.flags.Set(query, work);
   }
 
-  SharedMemoryPlan<T>& smem_;
+  // Takes the share of the attention sink from what this block writes as the final result.
+  __device__ __forceinline__ void AddSink(const BlockWork& work, const Piece& piece,
+                                          const float (&lse2)[2], float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int tile_row = Opaque(FragmentRow()) + 8 * i;
+      const int row = work.row_tile * kTileRows + tile_row;
+      if (row >= params_.query.rows) continue;
+      const float share =
+          params_.sink.ShareOfKeys(params_.query, piece.sequence, work.kv_head, row, lse2[i]);
+      factor[i] *= share;
+      if (piece.AddsOther()) smem_.other.ScaleWeights(tile_row, share);
+    }
+  }
+
+  SharedMemoryPlan<Config>& smem_;
   const DecodeParams& params_;
   uint32_t q_[kRegisterChunks][4][4];
   bool announce_ = false;
-  uint32_t q_parity_ = 0;
+  bool tile_is_here_ = false;  // used where keys are gathered
+  RingCursor<Config::kTailStages> q_tail_;
+  RingCursor<kTokenMaskStages> token_mask_;
   RingCursor<kPieceStages> piece_;
   RingCursor<kValueStages> v_;
   RingCursor<kRopeStages> rope_;
   RingCursor<kMessageStages> message_;
 };
 
-}  // namespace jax_flashmla::dense_decode
+}  // namespace jax_flashmla::decode

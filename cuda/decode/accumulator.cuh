@@ -1,17 +1,17 @@
-// The value warpgroups of dense decode: O = O * factor + P V, then the output.
+// The value warpgroups of a decode block: O = O * factor + P V, then the output.
 #pragma once
 
-#include "dense_decode/block.cuh"
+#include "decode/block.cuh"
 #include "mla/epilogue.cuh"
 
-namespace jax_flashmla::dense_decode {
+namespace jax_flashmla::decode {
 
 // One of the two warpgroups. It holds O for quarters `index` and `index + 2` of the columns.
-template <typename T, int kClusterSize>
+template <typename Config>
 class ValueAccumulator {
  public:
-  __device__ __forceinline__ ValueAccumulator(SharedMemoryPlan<T>& smem, const DecodeParams& params,
-                                              int index)
+  __device__ __forceinline__ ValueAccumulator(SharedMemoryPlan<Config>& smem,
+                                              const DecodeParams& params, int index)
       : smem_(smem), params_(params), index_(index) {
     v_.Advance(index);
   }
@@ -32,7 +32,9 @@ class ValueAccumulator {
         }
         Wait(&smem_.message_ready.full[message_.Stage()], message_.Parity());
         Rescale();
-        if (t == num_tiles - 1) {
+        if constexpr (Config::kKeys == Keys::kListed) {
+          FenceAsyncProxy();  // the keys were gathered: see Scorer::OrderGatheredKeys
+        } else if (t == num_tiles - 1) {
           const int valid = ThisPiece().length - (ThisPiece().first_tile + t) * kTileTokens;
           if (valid < kTileTokens) ClearRowsFrom(valid, quarters);
         }
@@ -55,6 +57,8 @@ class ValueAccumulator {
   }
 
  private:
+  using T = Config::Element;
+  static constexpr int kClusterSize = Config::kClusterSize;
   static constexpr int kOwnQuarters = kQuarters / kValueWarpgroups;  // quarters of a warpgroup
   static constexpr int kAccumulators = Epilogue<T, kOwnQuarters>::kAccumulators;
 
@@ -179,7 +183,7 @@ class ValueAccumulator {
     }
   }
 
-  SharedMemoryPlan<T>& smem_;
+  SharedMemoryPlan<Config>& smem_;
   const DecodeParams& params_;
   const int index_;
   float o_[kOwnQuarters][kAccumulators];
@@ -188,4 +192,4 @@ class ValueAccumulator {
   RingCursor<kMessageStages> message_;
 };
 
-}  // namespace jax_flashmla::dense_decode
+}  // namespace jax_flashmla::decode
