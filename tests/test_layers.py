@@ -14,6 +14,7 @@ PYTHON_LAYERS = (
     {"_checks"},
     {"_ffi"},
     {"reference._math"},
+    {"reference._attention"},
     {"reference.*"},  # one module an op
     {"_op"},
     {"schedule"},  # an op that others share
