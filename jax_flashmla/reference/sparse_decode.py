@@ -68,7 +68,7 @@ def _list_of_tokens(k_cache: jax.Array, indices: Any, length: Any) -> Source:
     slots = pages * page
     rows = k_cache.reshape(slots, d_k)
     last = min(slots - 1, _INT32_MAX) if isinstance(slots, int) else slots - 1
-    listed = jnp.arange(topk, dtype=jnp.int32) < length[..., None]
+    listed = jnp.arange(topk, dtype=jnp.int32)[None, None] < length[..., None]
     valid = listed & (indices >= 0) & (indices <= last)
     slot = jnp.where(valid, indices, -1).reshape(-1, topk)
 
