@@ -137,6 +137,8 @@ def merge_attention_states_across(
     check_array("lse", lse, "b h_q s_q", (jnp.float32,))
     for lse_axis, out_axis, name in ((0, 0, "b"), (1, 2, "h_q"), (2, 1, "s_q")):
         check_axis("lse", lse, lse_axis, out.shape[out_axis], f"the {name} of out")
+    if attn_sink is not None:
+        attn_sink = sink_array(attn_sink, out.shape[2], "the h_q of out")
     gathered = jax.lax.all_gather(_pack(out, lse), _check_axis_name(axis_name), to="invarying")
     return merge_attention_states(*_unpack(gathered, out.dtype), attn_sink=attn_sink)
 
