@@ -60,11 +60,21 @@ def int32_array(name: str, value: Any, axes: str) -> jax.Array:
     return array
 
 
-def check_array(name: str, x: Any, axes: str, dtypes: Iterable[DTypeLike] | None = None) -> None:
-    """Checks rank and dtype; `axes` is the shape in words, as "b s_q h_q d_k"."""
-    names = axes.split()
-    if len(x.shape) != len(names):
-        raise ValueError(f"{name} must have shape [{', '.join(names)}], got {list(x.shape)}")
+def sink_array(attn_sink: Any, h_q: int, why: str) -> jax.Array:
+    """The argument attn_sink, f32 [h_q]."""
+    array = as_array("attn_sink", attn_sink)
+    check_array("attn_sink", array, "h_q", (jnp.float32,))
+    check_axis("attn_sink", array, 0, h_q, why)
+    return array
+
+
+def check_array(
+    name: str, x: Any, axes: str | None, dtypes: Iterable[DTypeLike] | None = None
+) -> None:
+    """Checks rank and dtype; `axes` is the shape in words, as "b s_q h_q d_k", None for any."""
+    if axes is not None and len(x.shape) != len(axes.split()):
+        words = ", ".join(axes.split())
+        raise ValueError(f"{name} must have shape [{words}], got {list(x.shape)}")
     if dtypes is not None:
         allowed = [np.dtype(d) for d in dtypes]
         if x.dtype not in allowed:
@@ -96,22 +106,38 @@ def check_never_empty(name: str, x: Any, axis: int) -> None:
         )
 
 
+def int32_holds_slots(op: str, n: Any, pool: Any, implementation: str) -> bool:
+    """Whether int32 holds the slots of n caches of `pool` slots, which vmap makes one cache of.
+
+    False if the sizes are symbolic (jax.export) and no constraint decides it.
+    """
+    try:
+        fits = n * pool <= INT32_MAX
+    except jax.errors.InconclusiveDimensionOperation:
+        if implementation == "cuda":
+            raise NotImplementedError(
+                f"vmap of {op} over {n} caches of {pool} slots, with "
+                f'implementation="cuda": there must be at most {INT32_MAX} slots in all, '
+                "which symbolic sizes do not guarantee; pass jax.export.symbolic_shape the "
+                f'constraint "{n * pool} <= {INT32_MAX}", or pass implementation="auto" or "xla"'
+            ) from None
+        return False
+    if not fits:
+        raise NotImplementedError(
+            f"vmap of {op} over {n} caches of {pool} slots exceeds the int32 range of "
+            "slots; map fewer caches at a time"
+        )
+    return True
+
+
 def check_decode_shapes(q: Any, k_cache: Any, head_dim_v: int, dtypes: Iterable[DTypeLike]) -> int:
     """Checks q, k_cache and head_dim_v of a decode against each other; returns head_dim_v."""
     check_array("q", q, "b s_q h_q d_k", dtypes)
-    check_array("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", (q.dtype,))
-    for name, shape in (("q", q.shape), ("k_cache", k_cache.shape)):
-        if not all(isinstance(size, int) for size in shape[1:]):
-            raise TypeError(
-                f"only axis 0 of {name} may be symbolic in jax.export, got shape {list(shape)}; "
-                "export one program for each of the other sizes"
-            )
+    check_only_axis_0_symbolic("q", q)
     if 0 in q.shape:
         raise ValueError(f"q must have no empty axis, got shape {list(q.shape)}")
-    if 0 in k_cache.shape[1:]:
-        raise ValueError(f"only axis 0 of k_cache may be empty, got shape {list(k_cache.shape)}")
     h_q, d_k = q.shape[2:]
-    check_axis("k_cache", k_cache, 3, d_k, "the d_k of q")
+    check_cache("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", d_k, q.dtype)
     if h_q % k_cache.shape[2]:
         raise ValueError(
             f"h_kv must divide h_q: k_cache has {k_cache.shape[2]} KV heads, q has {h_q} heads"
@@ -120,6 +146,24 @@ def check_decode_shapes(q: Any, k_cache: Any, head_dim_v: int, dtypes: Iterable[
     if d_v > d_k:
         raise ValueError(f"head_dim_v must be at most the d_k of q, {d_k}, got {d_v}")
     return d_v
+
+
+def check_cache(name: str, x: Any, axes: str, d_k: int, dtype: DTypeLike) -> None:
+    """Checks a cache of q's dtype and d_k."""
+    check_array(name, x, axes, (dtype,))
+    check_only_axis_0_symbolic(name, x)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"only axis 0 of {name} may be empty, got shape {list(x.shape)}")
+    check_axis(name, x, 3, d_k, "the d_k of q")
+
+
+def check_only_axis_0_symbolic(name: str, x: Any) -> None:
+    """Checks that jax.export knows all sizes but that of axis 0."""
+    if not all(isinstance(size, int) for size in x.shape[1:]):
+        raise TypeError(
+            f"only axis 0 of {name} may be symbolic in jax.export, got shape {list(x.shape)}; "
+            "export one program for each of the other sizes"
+        )
 
 
 def check_implementation(implementation: str) -> None:
@@ -134,6 +178,83 @@ def check_offset_has_mask(causal: bool) -> None:
         raise ValueError(
             "causal_offset moves the boundary of the causal mask, which causal=False turns off; "
             "pass causal=True with it, also for one query a sequence, or leave it out"
+        )
+
+
+def check_lists(name: str, x: Any, owner: str, b: Any, s_q: int) -> None:
+    """Checks the shape of token lists [b, s_q, topk] against `owner`'s batch and queries."""
+    check_array(name, x, "b s_q topk")
+    check_only_axis_0_symbolic(name, x)
+    check_axis(name, x, 0, b, f"the batch of {owner}")
+    check_axis(name, x, 1, s_q, f"the s_q of {owner}")
+    if x.shape[2] == 0:
+        raise ValueError(
+            f"{name} must have at least one entry a query, which may be -1, got shape "
+            f"{list(x.shape)}"
+        )
+
+
+def check_list_lengths(name: str, x: Any, lists: Any) -> None:
+    """Checks the shape of the lengths of token lists, [b] or [b, s_q]."""
+    if x.ndim not in (1, 2):
+        raise ValueError(f"{name} must have shape [b] or [b, s_q], got {list(x.shape)}")
+    for axis, size in enumerate(("batch", "s_q")[: x.ndim]):
+        check_axis(name, x, axis, lists.shape[axis], f"the {size} of its lists")
+
+
+def check_no_lists(
+    topk_length: Any, extra_k_cache: Any, extra_indices: Any, extra_topk_length: Any
+) -> None:
+    """Checks that a call without indices has no argument that belongs to them."""
+    for name, value in (
+        ("topk_length", topk_length),
+        ("extra_k_cache", extra_k_cache),
+        ("extra_indices_in_kvcache", extra_indices),
+        ("extra_topk_length", extra_topk_length),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name} belongs to a call with indices, got {describe(value)} and indices=None; "
+                "pass indices with it, or leave it out"
+            )
+
+
+def check_only_lists(k_cache: Any, *, causal: bool, **others: Any) -> None:
+    """Checks that a call with indices says nowhere else what a query sees."""
+    instead = {
+        "block_table": "get_slot_mapping makes indices of a block table and positions",
+        "cache_seqlens": "topk_length holds the lengths of the lists",
+        "causal_offset": "the lists hold just what a query sees",
+    }
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None with indices, got {describe(value)}; {instead[name]}"
+            )
+    if causal:
+        raise ValueError(
+            "causal must be False with indices, got True; the lists hold just what a query sees"
+        )
+    if k_cache.shape[2] != 1:
+        raise ValueError(
+            f"k_cache has shape {list(k_cache.shape)}, but with indices axis 2 must be 1: all "
+            "query heads share one KV head"
+        )
+
+
+def check_extra_pair(extra_k_cache: Any, extra_indices: Any, extra_topk_length: Any) -> None:
+    """Checks that an extra cache comes with its lists, and their lengths only with both."""
+    if (extra_k_cache is None) != (extra_indices is None):
+        missing = "extra_k_cache" if extra_k_cache is None else "extra_indices_in_kvcache"
+        raise ValueError(
+            "extra_k_cache and extra_indices_in_kvcache come as a pair: pass both or neither, got "
+            f"None for {missing}"
+        )
+    if extra_k_cache is None and extra_topk_length is not None:
+        raise ValueError(
+            "extra_topk_length holds the lengths of extra lists, got "
+            f"{describe(extra_topk_length)} and None for extra_k_cache and "
+            "extra_indices_in_kvcache; pass these too, or leave it out"
         )
 
 

@@ -6,9 +6,11 @@ integers. Then the results mean nothing, and only the addresses are checked.
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sparse_calls
 from cases import D_K, D_V, UNUSED_ENTRY, random_arrays
 
 import jax_flashmla as fm
@@ -91,4 +93,55 @@ DECODE = (
     sample([512] * 66, 16),  # two splits each, which decode joins
     sample([700] * 20 + [0, 64, 2000], 128),  # one, two and more splits
     sample([700] * 20 + [0, 64, 2000], 128, room=40),
+)
+
+
+def sparse_sample(
+    lengths,
+    h_q,
+    *,
+    s_q=1,
+    topk,
+    extra_lengths=None,
+    extra_topk=0,
+    sink=False,
+    implementation,
+    garbage=False,
+    **options,
+):
+    """Decodes lists of these lengths; see `cases.make_sparse_inputs` for the poison around them.
+
+    With `garbage` the schedules are random integers, and the results mean nothing.
+    """
+    rng = np.random.default_rng(0)
+    case = cases.SparseCase(len(lengths), s_q, h_q, topk, extra_topk, **options)
+    inputs = cases.make_sparse_inputs(case, lengths=lengths, extra_lengths=extra_lengths)
+    if sink:
+        inputs = inputs.replace(attn_sink=rng.standard_normal(h_q).astype(np.float32))
+    schedule = sparse_calls.schedule_for(inputs, implementation)
+    if garbage:
+        for most in (len(lengths) * s_q + 3, 2**31):
+            given = random_arrays(rng, schedule, most)
+            sparse_calls.decoded(inputs, implementation, schedule=given)
+        return
+    for given in ((None, None), schedule):  # made by the call, and given
+        sparse_calls.check(inputs, implementation, schedule=given)
+
+
+def sparse(lengths, h_q, **options):
+    return functools.partial(sparse_sample, lengths, h_q, **options)
+
+
+SPARSE_DECODE = (
+    sparse([128, 70, 0], 16, topk=128),
+    sparse([133, 1, 64], 6, s_q=2, topk=133, page=1, sink=True, dtype="float16"),
+    sparse([[300, 3], [0, 64], [-4, 2000]], 128, s_q=2, topk=700, extra_topk=65, sink=True),
+    sparse([512, 30, 0], 64, topk=512, d_k=512, page=48, extra_topk=128, extra_page=2),
+    sparse([70, 0], 8, topk=70, d_k=512, extra_topk=900, extra_lengths=[0, 900], sink=True),
+    sparse([2048], 8, topk=2051, d_k=512),
+    sparse([40] * 400, 20, s_q=2, topk=64),  # more lists in a block than it plans ahead
+    sparse([512] * 66, 16, topk=512),  # two splits each, which decode joins
+    sparse([512] * 66, 128, topk=512, d_k=512),
+    sparse([700] * 20 + [0, 64, 2000], 128, topk=2000, sink=True),  # one, two and more splits
+    sparse([3000, 100], 160, topk=3000),  # many splits
 )
