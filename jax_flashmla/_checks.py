@@ -60,11 +60,21 @@ def int32_array(name: str, value: Any, axes: str) -> jax.Array:
     return array
 
 
-def check_array(name: str, x: Any, axes: str, dtypes: Iterable[DTypeLike] | None = None) -> None:
-    """Checks rank and dtype; `axes` is the shape in words, as "b s_q h_q d_k"."""
-    names = axes.split()
-    if len(x.shape) != len(names):
-        raise ValueError(f"{name} must have shape [{', '.join(names)}], got {list(x.shape)}")
+def sink_array(attn_sink: Any, h_q: int, why: str) -> jax.Array:
+    """The argument attn_sink, f32 [h_q]."""
+    array = as_array("attn_sink", attn_sink)
+    check_array("attn_sink", array, "h_q", (jnp.float32,))
+    check_axis("attn_sink", array, 0, h_q, why)
+    return array
+
+
+def check_array(
+    name: str, x: Any, axes: str | None, dtypes: Iterable[DTypeLike] | None = None
+) -> None:
+    """Checks rank and dtype; `axes` is the shape in words, as "b s_q h_q d_k", None for any."""
+    if axes is not None and len(x.shape) != len(axes.split()):
+        words = ", ".join(axes.split())
+        raise ValueError(f"{name} must have shape [{words}], got {list(x.shape)}")
     if dtypes is not None:
         allowed = [np.dtype(d) for d in dtypes]
         if x.dtype not in allowed:
@@ -96,22 +106,38 @@ def check_never_empty(name: str, x: Any, axis: int) -> None:
         )
 
 
+def int32_holds_slots(op: str, n: Any, pool: Any, implementation: str) -> bool:
+    """Whether int32 holds the slots of n caches of `pool` slots, which vmap makes one cache of.
+
+    False if the sizes are symbolic (jax.export) and no constraint decides it.
+    """
+    try:
+        fits = n * pool <= INT32_MAX
+    except jax.errors.InconclusiveDimensionOperation:
+        if implementation == "cuda":
+            raise NotImplementedError(
+                f"vmap of {op} over {n} caches of {pool} slots, with "
+                f'implementation="cuda": there must be at most {INT32_MAX} slots in all, '
+                "which symbolic sizes do not guarantee; pass jax.export.symbolic_shape the "
+                f'constraint "{n * pool} <= {INT32_MAX}", or pass implementation="auto" or "xla"'
+            ) from None
+        return False
+    if not fits:
+        raise NotImplementedError(
+            f"vmap of {op} over {n} caches of {pool} slots exceeds the int32 range of "
+            "slots; map fewer caches at a time"
+        )
+    return True
+
+
 def check_decode_shapes(q: Any, k_cache: Any, head_dim_v: int, dtypes: Iterable[DTypeLike]) -> int:
     """Checks q, k_cache and head_dim_v of a decode against each other; returns head_dim_v."""
     check_array("q", q, "b s_q h_q d_k", dtypes)
-    check_array("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", (q.dtype,))
-    for name, shape in (("q", q.shape), ("k_cache", k_cache.shape)):
-        if not all(isinstance(size, int) for size in shape[1:]):
-            raise TypeError(
-                f"only axis 0 of {name} may be symbolic in jax.export, got shape {list(shape)}; "
-                "export one program for each of the other sizes"
-            )
+    check_only_axis_0_symbolic("q", q)
     if 0 in q.shape:
         raise ValueError(f"q must have no empty axis, got shape {list(q.shape)}")
-    if 0 in k_cache.shape[1:]:
-        raise ValueError(f"only axis 0 of k_cache may be empty, got shape {list(k_cache.shape)}")
     h_q, d_k = q.shape[2:]
-    check_axis("k_cache", k_cache, 3, d_k, "the d_k of q")
+    check_cache("k_cache", k_cache, "num_blocks page_block_size h_kv d_k", d_k, q.dtype)
     if h_q % k_cache.shape[2]:
         raise ValueError(
             f"h_kv must divide h_q: k_cache has {k_cache.shape[2]} KV heads, q has {h_q} heads"
@@ -120,6 +146,24 @@ def check_decode_shapes(q: Any, k_cache: Any, head_dim_v: int, dtypes: Iterable[
     if d_v > d_k:
         raise ValueError(f"head_dim_v must be at most the d_k of q, {d_k}, got {d_v}")
     return d_v
+
+
+def check_cache(name: str, x: Any, axes: str, d_k: int, dtype: DTypeLike) -> None:
+    """Checks a cache of q's dtype and d_k."""
+    check_array(name, x, axes, (dtype,))
+    check_only_axis_0_symbolic(name, x)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"only axis 0 of {name} may be empty, got shape {list(x.shape)}")
+    check_axis(name, x, 3, d_k, "the d_k of q")
+
+
+def check_only_axis_0_symbolic(name: str, x: Any) -> None:
+    """Checks that jax.export knows all sizes but that of axis 0."""
+    if not all(isinstance(size, int) for size in x.shape[1:]):
+        raise TypeError(
+            f"only axis 0 of {name} may be symbolic in jax.export, got shape {list(x.shape)}; "
+            "export one program for each of the other sizes"
+        )
 
 
 def check_implementation(implementation: str) -> None:

@@ -7,5 +7,6 @@ TARGETS = (
     "jax_flashmla_append_kv",
     "jax_flashmla_dense_decode",
     "jax_flashmla_schedule_and_decode",
+    "jax_flashmla_sparse_decode",
     "jax_flashmla_tile_scheduler",
 )

@@ -14,6 +14,7 @@ from ._checks import (
     check_implementation,
     check_never_empty,
     int32_array,
+    int32_holds_slots,
     static_int,
 )
 from ._op import Op
@@ -164,7 +165,7 @@ def _batch(
         for x, d in zip(args, dims, strict=True)
     )
     pool = k_cache.shape[1] * k_cache.shape[2]
-    if not _int32_holds_slots(n, pool, implementation):
+    if not int32_holds_slots("append_kv_cache", n, pool, implementation):
         # The reference numbers the slots of each example from 0, so they cannot overflow.
         return jax.vmap(_reference)(k_cache, new_kv, slots), [0]
     first = jnp.arange(n, dtype=jnp.int32)[:, None] * pool
@@ -176,30 +177,6 @@ def _batch(
         implementation=implementation,
     )
     return [out.reshape(k_cache.shape)], [0]
-
-
-def _int32_holds_slots(n: Any, pool: Any, implementation: str) -> bool:
-    """Whether int32 holds the slots of n caches of `pool` slots.
-
-    False if the sizes are symbolic (jax.export) and no constraint decides it.
-    """
-    try:
-        fits = n * pool <= INT32_MAX
-    except jax.errors.InconclusiveDimensionOperation:
-        if implementation == "cuda":
-            raise NotImplementedError(
-                f"vmap of append_kv_cache over {n} caches of {pool} slots, with "
-                f'implementation="cuda": there must be at most {INT32_MAX} slots in all, '
-                "which symbolic sizes do not guarantee; pass jax.export.symbolic_shape the "
-                f'constraint "{n * pool} <= {INT32_MAX}", or pass implementation="auto" or "xla"'
-            ) from None
-        return False
-    if not fits:
-        raise NotImplementedError(
-            f"vmap of append_kv_cache over {n} caches of {pool} slots exceeds the int32 range of "
-            "slots; map fewer caches at a time"
-        )
-    return True
 
 
 append_kv_cache_op = Op(

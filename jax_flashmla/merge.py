@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import as_array, check_array, check_axis, check_never_empty
+from ._checks import as_array, check_array, check_axis, check_never_empty, sink_array
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
-def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
+def merge_attention_states(
+    outs: jax.Array, lses: jax.Array, *, attn_sink: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Attention over all keys, from its results over disjoint parts of the keys.
 
     Exact up to rounding: the weight of each part is exp(lse) / sum of exp(lse), as in online
@@ -27,10 +29,13 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
         means that the query sees no key in the part, as in the results of
         `flash_mla_with_kvcache`. Such a part adds nothing, whatever its out holds. If a sequence is
         NaN in one part, because it is invalid there, its merged results are NaN.
+      attn_sink: f32 [h_q], as of `flash_mla_with_kvcache`: out is multiplied by
+        sigmoid(lse - attn_sink). Pass it here and not to the calls that gave the parts, so that it
+        counts once.
 
     Returns:
       out: [b, s_q, h_q, d_v] in outs' dtype; 0 for a query that sees no key in any part.
-      lse: f32 [b, h_q, s_q]; +inf for such a query.
+      lse: f32 [b, h_q, s_q], without the sink; +inf for such a query.
 
     Raises:
       TypeError, ValueError: an argument is not as described.
@@ -52,6 +57,8 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     check_never_empty("outs", outs, 0)
     for lses_axis, outs_axis, name in ((0, 0, "n"), (1, 1, "b"), (2, 3, "h_q"), (3, 2, "s_q")):
         check_axis("lses", lses, lses_axis, outs.shape[outs_axis], f"the {name} of outs")
+    if attn_sink is not None:
+        attn_sink = sink_array(attn_sink, outs.shape[3], "the h_q of outs")
 
     # Make no infinities on the way to the result, because jax_debug_infs would stop at them.
     empty = jnp.isinf(lses)
@@ -62,16 +69,29 @@ def merge_attention_states(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array,
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
     shares = weights / total[None]
+    lse = maximum + jnp.log(total)  # of a query that sees a key
+    if attn_sink is not None:
+        shares *= _sink_factor(lse, attn_sink[None, :, None])[None]
 
     shares, empty = (jnp.swapaxes(x, 2, 3)[..., None] for x in (shares, empty))
     # An empty part's out may hold NaN, and 0 * NaN is NaN.
     out = jnp.sum(shares * jnp.where(empty, 0, outs).astype(jnp.float32), axis=0)
-    lse = jnp.where(nothing, jnp.inf, maximum + jnp.log(total))
-    return out.astype(outs.dtype), lse
+    return out.astype(outs.dtype), jnp.where(nothing, jnp.inf, lse)
+
+
+def _sink_factor(lse: jax.Array, attn_sink: jax.Array) -> jax.Array:
+    """sigmoid(lse - attn_sink), without making infinities of its own."""
+    infinite = jnp.isinf(attn_sink)
+    factor = jax.nn.sigmoid(lse - jnp.where(infinite, 0, attn_sink))
+    return jnp.where(infinite, (attn_sink < 0).astype(factor.dtype), factor)
 
 
 def merge_attention_states_across(
-    out: jax.Array, lse: jax.Array, axis_name: str | tuple[str, ...]
+    out: jax.Array,
+    lse: jax.Array,
+    axis_name: str | tuple[str, ...],
+    *,
+    attn_sink: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`merge_attention_states` of one part on each device, inside jax.shard_map.
 
@@ -88,6 +108,8 @@ def merge_attention_states_across(
       out: [b, s_q, h_q, d_v], bf16, fp16 or f32, the attention over this device's keys.
       lse: f32 [b, h_q, s_q]; +inf for a query that sees none of them.
       axis_name: the mesh axis, or several, over which the keys are split.
+      attn_sink: f32 [h_q], the sinks of these heads, the same on all devices along axis_name; not
+        passed to the calls that gave the parts.
 
     Returns:
       out [b, s_q, h_q, d_v] and lse f32 [b, h_q, s_q], as of `merge_attention_states`.
@@ -116,7 +138,7 @@ def merge_attention_states_across(
     for lse_axis, out_axis, name in ((0, 0, "b"), (1, 2, "h_q"), (2, 1, "s_q")):
         check_axis("lse", lse, lse_axis, out.shape[out_axis], f"the {name} of out")
     gathered = jax.lax.all_gather(_pack(out, lse), _check_axis_name(axis_name), to="invarying")
-    return merge_attention_states(*_unpack(gathered, out.dtype))
+    return merge_attention_states(*_unpack(gathered, out.dtype), attn_sink=attn_sink)
 
 
 def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:

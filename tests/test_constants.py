@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_flashmla import _constants, _ffi, dense_decode
+from jax_flashmla import _constants, _ffi, _split_kv, dense_decode
 
 CUDA = Path(__file__).parent.parent / "cuda"
-HEAD_DIM_K, HEAD_DIM_V = dense_decode.KERNEL_HEAD_DIMS
 
 # CUDA's name -> the value in Python, or the name that it has in jax_flashmla._constants.
 EQUAL = {
@@ -16,8 +15,8 @@ EQUAL = {
         "kTileTokens": "TILE_TOKENS",
         "kTileRows": "ROW_TILE",
         "kQuarters": "SCALES_PER_ROW",
-        "kHeadDimK": HEAD_DIM_K,
-        "kHeadDimV": HEAD_DIM_V,
+        "kHeadDimK": max(_split_kv.KERNEL_HEAD_DIMS_K),
+        "kHeadDimV": _split_kv.KERNEL_HEAD_DIM_V,
         "kSms": _ffi.DEFAULT_SM_COUNT,
     },
     "split_kv/schedule.cuh": {

@@ -14,10 +14,13 @@ PYTHON_LAYERS = (
     {"_checks"},
     {"_ffi"},
     {"reference._math"},
+    {"reference._attention"},
     {"reference.*"},  # one module an op
     {"_op"},
     {"schedule"},  # an op that others share
+    {"_split_kv"},
     {"<op>"},
+    {"decode"},  # the function of two ops
     {"__init__"},
 )
 # Folders of cuda/; a file also includes its own folder's. Folders that are not named are ops.
@@ -108,6 +111,8 @@ def test_includes_go_downwards():
         ("append", "from .reference import append as reference", None),
         ("append", "from .dense_decode import flash_mla_with_kvcache", "dense_decode"),
         ("schedule", "from .append import append_kv_cache", "append"),
+        ("decode", "from .sparse_decode import sparse_decode_op", None),
+        ("sparse_decode", "from .dense_decode import flash_mla_with_kvcache_op", "dense_decode"),
         ("_op", "from . import schedule", "schedule"),
         ("_ffi", "from ._op import Op", "_op"),
         ("reference.append", "from ._math import ceil_div", None),
