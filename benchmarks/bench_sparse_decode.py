@@ -16,14 +16,14 @@ import bench_dense_decode as dense
 import jax
 import jax.numpy as jnp
 import numpy as np
-from core import bench, check, peers, plain, report
-from core.inputs import DTYPES, MAX_POOL_TOKENS, random_pool
-from core.op import Case, Op, Peer
+from core import bench, check, plain, report
+from core.inputs import DTYPES, random_pool
+from core.op import Case, Op
+from flash_attention import FlashAttention
 
 from jax_flashmla import flash_mla_with_kvcache, get_mla_metadata, get_sparse_seqlens
 
-HEAD_DIM_V, PAGE, ROPE, FIXED_SPLIT_SIZE = 512, 64, 64, 512
-NUM_SPLITS = (0, 1, 2, 4, 8, 16, 32)  # of FlashAttention-3; with 0 it chooses
+HEAD_DIM_V, PAGE, FIXED_SPLIT_SIZE = 512, 64, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,9 @@ def as_dense(case):
 
 
 def make_pool(cases, calls):
-    """So large that the L2 holds 1% of it, as lists may name what another one named."""
-    most = 2 * max(case.lists * case.tokens for case in cases)
-    tokens = most if calls(cases[0]) == 2 else MAX_POOL_TOKENS
-    return random_pool([(tokens, 1)], PAGE, cases[0].d_k, DTYPES[cases[0].dtype])
+    """16 times what a round names, or 5 GB: what one list named, another one seldom does."""
+    needs = [(case.lists * case.tokens, 16 * calls(case)) for case in cases]
+    return random_pool(needs, PAGE, cases[0].d_k, DTYPES[cases[0].dtype])
 
 
 def make_lists(case, pool, calls):
@@ -92,7 +91,9 @@ def make_lists(case, pool, calls):
     rng, shape = np.random.default_rng(0), (calls, case.batch, case.s_q)
     sizes = {"main": case.topk} | ({"extra": case.extra_topk} if case.extra_topk else {})
     slots = pool.shape[0] * pool.shape[1]
-    drawn = {name: rng.integers(slots, size=(*shape, n), dtype=np.int32) for name, n in sizes.items()}
+    drawn = {
+        name: rng.integers(slots, size=(*shape, n), dtype=np.int32) for name, n in sizes.items()
+    }
     lengths = {name: np.full(shape[1:], n, np.int32) for name, n in sizes.items()}
     return lengths, [{name: x[i] for name, x in drawn.items()} for i in range(calls)]
 
@@ -129,7 +130,7 @@ def joined(case, lengths, lists):
 
 
 def on_lists(case, attend, pool, lengths, own):
-    """attend(q [n, h, d], rows, slots, seen) -> out [n, h, d_v], lse [n, h], as the op's results."""
+    """The results of attend(q [n, h, d], rows, slots, seen) -> (out [n, h, d_v], lse [n, h])."""
     lists, q = own
     rows, flat = pool.reshape(-1, case.d_k), q.reshape(case.lists, case.h_q, case.d_k)
     out, lse = attend(flat, rows, *joined(case, lengths, lists))
@@ -139,9 +140,7 @@ def on_lists(case, attend, pool, lengths, own):
 
 def call_plain(case, pool, lengths, own):
     def attend(q, rows, slots, seen):
-        found = plain.attend(
-            q[:, None], rows[slots], seen[:, None], HEAD_DIM_V, case.d_k**-0.5
-        )
+        found = plain.attend(q[:, None], rows[slots], seen[:, None], HEAD_DIM_V, case.d_k**-0.5)
         return found[0][:, 0], found[1][..., 0]
 
     return on_lists(case, attend, pool, lengths, own)
@@ -153,56 +152,114 @@ def check_results(case, pool, lengths, own, found):
     return check.compare(expected, found, rel_err=check.relative, lse_err=check.largest_difference)
 
 
-class FlashAttention(Peer):
-    """FlashAttention-3 as vllm calls it: pages of one token, the joined list as the page table.
+def find_flash_attention(options):
+    def lists(case, lengths, own):
+        return joined(case, lengths, own[0])[0], own[1].reshape(case.lists, case.h_q, case.d_k)
 
-    Its metadata is made beforehand, which vllm does for dense decode only. Without rotary columns
-    the queries of that part are zero, and its keys any columns.
-    """
+    return None if options.smoke else FlashAttention(lists, options)
 
-    def __init__(self, options):
-        self._ops, self.name = peers.load_flash_attention(options)
 
-    def ways(self, case):
-        return [""] if case.h_q in HEADS else None
+CASES = [
+    *(SparseDecode(h, b, k) for k in (2048, 512) for h in (8, 16, 32, 64, 128)
+      for b in (1, 8, 32, 128)),
+    *(SparseDecode(h, b, 128, extra, d_k=512) for extra in (512, 1024) for h in (64, 128)
+      for b in (1, 32, 128)),
+]  # fmt: skip
+OTHER_HEADS = [SparseDecode(h, b, 2048) for h in (20, 40, 48, 96) for b in (1, 32, 128)]
+BASELINE = [SparseDecode(h, b, 2048) for h in (16, 128) for b in (1, 32, 128)]
+BASELINE.append(SparseDecode(128, 128, 128, 1024, d_k=512))
 
-    def prepare(self, case, way, pool, lengths, owns):
-        slots = [joined(case, lengths, lists)[0] for lists, _ in owns]
-        counts = jnp.full(case.lists, case.tokens, jnp.int32)
-        starts = jnp.arange(case.lists + 1, dtype=jnp.int32)
-        zero = jnp.zeros((case.lists, case.h_q, ROPE), pool.dtype)
-        arrays = pool.reshape(-1, 1, 1, case.d_k), counts, starts, zero
-        inputs = [
-            (s, q.reshape(case.lists, case.h_q, -1)) for s, (_, q) in zip(slots, owns, strict=True)
-        ]
-        few = [n for n in NUM_SPLITS if n <= max(1, case.tokens // 64) and n * case.lists <= 1024]
-        return peers.fastest_round({
-            f"num_splits {n}": peers.graph_round(
-                functools.partial(self._prepare, case, n), arrays, inputs
-            )
-            for n in few
-        })  # fmt: skip
+KERNEL = Op(
+    "sparse_decode", CASES, quick=CASES[4:20:5] + CASES[40:52:4],
+    smoke=[SparseDecode(4, 2, 100), SparseDecode(4, 3, 70, 40, d_k=512)],
+    pool=make_pool, lists=make_lists, draw=draw_queries, prepare=make_schedule, call=call,
+    check=check_results, limits={"rel_err": 1e-2, "lse_err": 1e-3},
+    pool_key=lambda case: (case.dtype, case.d_k),
+    labels="batch x tokens", label=lambda row: row["case"].split("-", 2)[2],
+    heading=lambda row: f"d_k {row['d_k']}, h_q {row['h_q']}, {row['dtype']}",
+)  # fmt: skip
 
-    def _prepare(self, case, splits, arrays, first):
-        rows, counts, starts, zero = arrays
-        v, rope = rows[..., :HEAD_DIM_V], rows[..., case.d_k - ROPE :]
-        k, n = (rows[..., :ROPE] if case.d_k == HEAD_DIM_V else rope), case.lists
-        none, whole = (None,) * 8, (-1, -1)  # no new keys, no rotation, no scales; no window
-        metadata = self._ops.get_scheduler_metadata(
-            n, 1, case.tokens, case.h_q, 1, ROPE, HEAD_DIM_V, rows.dtype, counts, starts, None, None,
-            None, None, 1, 0, True, *whole, False, splits, None, 0,
-        )  # fmt: skip
 
-        def run(one):
-            slots, q = one
-            q_rope = zero if case.d_k == HEAD_DIM_V else q[..., HEAD_DIM_V:]
-            out, lse = self._ops.fwd(
-                q_rope, k, v, None, None, q[..., :HEAD_DIM_V], None, starts, None, None, None,
-                counts, 1, case.tokens, slots, *none, case.d_k**-0.5, True, *whole, 0.0, True,
-                metadata, splits, None, 0, None, 1, 0, None,
-            )[:2]  # fmt: skip
-            shape = case.batch, case.s_q, case.h_q
-            lse = lse.transpose(0, 1).reshape(shape).transpose(1, 2)
-            return out.reshape(*shape, HEAD_DIM_V), lse
+def fixed_splits(case, implementation, lengths):
+    longest = -(-case.topk // 64) * 64 + case.extra_topk if case.extra_topk else case.topk
+    size = {"fixed_split_size": FIXED_SPLIT_SIZE, "max_seqlen": longest}
+    return make_schedule(case, implementation, lengths, **size)
 
-        return run, metadata
+
+def next_heads(case):
+    return dataclasses.replace(case, h_q=64 if case.h_q < 64 else 128)
+
+
+def if_invariance_is_timed(case):
+    return case if case.h_q not in (8, 32, 64) and case.topk != 512 else None
+
+
+OP = dataclasses.replace(
+    KERNEL, peers=[find_flash_attention], baseline=BASELINE, plain=call_plain,
+    beside={
+        "dense_us": (dense.OP, as_dense),
+        "fixed_us": (dataclasses.replace(KERNEL, prepare=fixed_splits), if_invariance_is_timed),
+    },
+)  # fmt: skip
+HEADS_OP = dataclasses.replace(
+    OP, cases=OTHER_HEADS, quick=OTHER_HEADS[1::6], smoke=[SparseDecode(3, 2, 100)], baseline=(),
+    beside={"next_us": (KERNEL, next_heads)},
+)  # fmt: skip
+
+
+def run_heads(run, machine, op):
+    cases = bench.select_cases(HEADS_OP, run.options)
+    cases = [case for case in cases if run.wanted(op.name, "heads", case.name)]
+    if cases:
+        bench.measure_all(run, bench.Bench(HEADS_OP, cases, run, machine), "heads")
+
+
+def worst(rows, of):
+    """Such as "1.06 (h16-d576-32x2048)": the largest `of` of a row that has one."""
+    found = [(value, row["case"]) for row in rows if (value := of(row)) is not None]
+    return "{:.3f} ({})".format(*max(found)) if found else "not measured"
+
+
+def to(column):
+    return lambda row: row["us"] / row[column] if row.get(column) else None
+
+
+def goals(rows):
+    """What the figures of a card come to, a line each."""
+    table, heads = (report.of(rows, OP.name, section) for section in ("table", "heads"))
+    peered = [row for row in table if row["ratio"] and row["topk"] == 2048]
+    few = [row for row in peered if row["batch"] <= 8]
+    large = [row for row in table if row["batch"] >= 32]
+    means = " and ".join(f"{report.mean(r['ratio'] for r in part):.3f}" for part in (peered, few))
+    least = min((row["ratio"], row["case"]) for row in peered) if peered else "not measured"
+    wide = [row for row in large if row["h_q"] == 128]
+    narrow = [row for row in large if row["h_q"] != 128]
+    return [
+        f"ratio, top-k 2048: geometric mean of all and of batch 1 and 8 {means}, least {least}",
+        f"time over the dense kernel's, batch 32 and 128: h_q 128 {worst(wide, to('dense_us'))}, "
+        f"others {worst(narrow, to('dense_us'))}",
+        f"other heads, time over that of the next of 64 and 128: {worst(heads, to('next_us'))}",
+        "a call without a schedule, us more: "
+        + worst(table, lambda row: row["us_with_schedule"] - row["us"]),
+        f"splits of {FIXED_SPLIT_SIZE} tokens, times: "
+        + worst(table, lambda row: row["fixed_us"] / row["us"] if row.get("fixed_us") else None),
+    ]
+
+
+def print_goals(run, machine, op):
+    print(*goals(run.results.rows), sep="\n", flush=True)
+
+
+SECTIONS = {"table": bench.table, "heads": run_heads, "goals": print_goals}
+
+ABOUT = """
+`flash_mla_with_kvcache` with `indices`: each query attends to a list of tokens of its own, drawn at
+random from a pool of 5 GB; "128+512" is a list and an extra list. d_v is 512. "+ schedule" is a
+call that makes its own schedule. The peer is {peer}, with pages of one token, its metadata made
+beforehand and the best of several numbers of splits; an extra list is joined to the list
+beforehand. "dense us" is our dense kernel over as many tokens in pages of 64, "fixed us" ours with
+splits of 512 tokens, whose results do not depend on the batch. The floor counts
+2·h_q·tokens·(d_k+d_v) FLOP, and the bytes of tokens, queries and outputs."""
+
+if __name__ == "__main__":
+    sys.exit(bench.main(OP, __doc__, sections=SECTIONS, suffix="_sparse"))

@@ -83,8 +83,9 @@ class Bench:
         for column, (other, change) in ({} if alone else op.beside).items():
             changed = [found for case in cases if (found := change(case)) is not None]
             if changed:
-                self.beside[column] = change, Bench(
-                    other, changed, run, machine, alone=True, pool=self.pool
+                self.beside[column] = (
+                    change,
+                    Bench(other, changed, run, machine, alone=True, pool=self.pool),
                 )
 
     def calls(self, case):

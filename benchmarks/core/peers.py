@@ -29,7 +29,9 @@ def find_library(name, variable):
 
 def version_of(path, given=None):
     """Such as "vllm 0.26.0": as given, or as the wheel's metadata beside its folder says."""
-    folders = [folder.name for above in path.parents[:3] for folder in above.glob("vllm-*.dist-info")]
+    folders = [
+        folder.name for above in path.parents[:3] for folder in above.glob("vllm-*.dist-info")
+    ]
     found = given or (folders[0].removesuffix(".dist-info").split("-")[1] if folders else None)
     return f"vllm {found or 'of unknown version'}"
 
