@@ -169,13 +169,19 @@ OTHER_HEADS = [SparseDecode(h, b, 2048) for h in (20, 40, 48, 96) for b in (1, 3
 BASELINE = [SparseDecode(h, b, 2048) for h in (16, 128) for b in (1, 32, 128)]
 BASELINE.append(SparseDecode(128, 128, 128, 1024, d_k=512))
 
+
+def label_of(row):
+    extra = f" + {row['extra_topk']}" if row["extra_topk"] else ""
+    return f"{row['batch']} x {row['topk']}{extra}"
+
+
 KERNEL = Op(
     "sparse_decode", CASES, quick=CASES[4:20:5] + CASES[40:52:4],
     smoke=[SparseDecode(4, 2, 100), SparseDecode(4, 3, 70, 40, d_k=512)],
     pool=make_pool, lists=make_lists, draw=draw_queries, prepare=make_schedule, call=call,
     check=check_results, limits={"rel_err": 1e-2, "lse_err": 1e-3},
     pool_key=lambda case: (case.dtype, case.d_k),
-    labels="batch x tokens", label=lambda row: row["case"].split("-", 2)[2],
+    labels="batch x tokens", label=label_of,
     heading=lambda row: f"d_k {row['d_k']}, h_q {row['h_q']}, {row['dtype']}",
 )  # fmt: skip
 
