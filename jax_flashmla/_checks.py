@@ -181,6 +181,83 @@ def check_offset_has_mask(causal: bool) -> None:
         )
 
 
+def check_lists(name: str, x: Any, owner: str, b: Any, s_q: int) -> None:
+    """Checks the shape of token lists [b, s_q, topk] against `owner`'s batch and queries."""
+    check_array(name, x, "b s_q topk")
+    check_only_axis_0_symbolic(name, x)
+    check_axis(name, x, 0, b, f"the batch of {owner}")
+    check_axis(name, x, 1, s_q, f"the s_q of {owner}")
+    if x.shape[2] == 0:
+        raise ValueError(
+            f"{name} must have at least one entry a query, which may be -1, got shape "
+            f"{list(x.shape)}"
+        )
+
+
+def check_list_lengths(name: str, x: Any, lists: Any) -> None:
+    """Checks the shape of the lengths of token lists, [b] or [b, s_q]."""
+    if x.ndim not in (1, 2):
+        raise ValueError(f"{name} must have shape [b] or [b, s_q], got {list(x.shape)}")
+    for axis, size in enumerate(("batch", "s_q")[: x.ndim]):
+        check_axis(name, x, axis, lists.shape[axis], f"the {size} of its lists")
+
+
+def check_no_lists(
+    topk_length: Any, extra_k_cache: Any, extra_indices: Any, extra_topk_length: Any
+) -> None:
+    """Checks that a call without indices has no argument that belongs to them."""
+    for name, value in (
+        ("topk_length", topk_length),
+        ("extra_k_cache", extra_k_cache),
+        ("extra_indices_in_kvcache", extra_indices),
+        ("extra_topk_length", extra_topk_length),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name} belongs to a call with indices, got {describe(value)} and indices=None; "
+                "pass indices with it, or leave it out"
+            )
+
+
+def check_only_lists(k_cache: Any, *, causal: bool, **others: Any) -> None:
+    """Checks that a call with indices says nowhere else what a query sees."""
+    instead = {
+        "block_table": "get_slot_mapping makes indices of a block table and positions",
+        "cache_seqlens": "topk_length holds the lengths of the lists",
+        "causal_offset": "the lists hold just what a query sees",
+    }
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None with indices, got {describe(value)}; {instead[name]}"
+            )
+    if causal:
+        raise ValueError(
+            "causal must be False with indices, got True; the lists hold just what a query sees"
+        )
+    if k_cache.shape[2] != 1:
+        raise ValueError(
+            f"k_cache has shape {list(k_cache.shape)}, but with indices axis 2 must be 1: all "
+            "query heads share one KV head"
+        )
+
+
+def check_extra_pair(extra_k_cache: Any, extra_indices: Any, extra_topk_length: Any) -> None:
+    """Checks that an extra cache comes with its lists, and their lengths only with both."""
+    if (extra_k_cache is None) != (extra_indices is None):
+        missing = "extra_k_cache" if extra_k_cache is None else "extra_indices_in_kvcache"
+        raise ValueError(
+            "extra_k_cache and extra_indices_in_kvcache come as a pair: pass both or neither, got "
+            f"None for {missing}"
+        )
+    if extra_k_cache is None and extra_topk_length is not None:
+        raise ValueError(
+            "extra_topk_length holds the lengths of extra lists, got "
+            f"{describe(extra_topk_length)} and None for extra_k_cache and "
+            "extra_indices_in_kvcache; pass these too, or leave it out"
+        )
+
+
 def static_int(name: str, value: Any, minimum: int = 1, maximum: int = INT32_MAX) -> int:
     """A Python (or numpy) integer from `minimum` to `maximum`; traced and device values raise."""
     if isinstance(value, jax.Array) or not isinstance(value, int | np.integer):

@@ -1,6 +1,5 @@
 """flash_mla_with_kvcache: checks a call's arguments and makes it one of the two decode ops."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +10,12 @@ from ._checks import (
     check_axis,
     check_cache,
     check_decode_shapes,
+    check_extra_pair,
     check_implementation,
     check_never_empty,
+    check_no_lists,
     check_offset_has_mask,
+    check_only_lists,
     describe,
     int32_array,
     sink_array,
@@ -152,11 +154,17 @@ def flash_mla_with_kvcache(
     schedule = tile_scheduler_metadata, num_splits
     extra = extra_k_cache, extra_indices_in_kvcache, extra_topk_length
     if indices is None:
-        _refuse_without_indices(("topk_length", *EXTRA_OPERANDS), (topk_length, *extra))
+        check_no_lists(topk_length, *extra)
         arrays = q, k_cache, block_table, cache_seqlens, causal_offset, attn_sink
         out, lse = _dense(*arrays, schedule, causal=causal, **common)
     else:
-        _refuse_with_indices(k_cache, block_table, cache_seqlens, causal, causal_offset)
+        check_only_lists(
+            k_cache,
+            block_table=block_table,
+            cache_seqlens=cache_seqlens,
+            causal=causal,
+            causal_offset=causal_offset,
+        )
         out, lse = _sparse(q, k_cache, indices, topk_length, extra, attn_sink, schedule, **common)
     return out, lse
 
@@ -228,7 +236,7 @@ def _sparse(
 ) -> list[jax.Array]:
     """The call with indices. Its arrays are not yet checked, except q and k_cache."""
     b, s_q, h_q, _ = q.shape
-    indices = _lists("indices", indices, q)
+    indices = token_lists("indices", indices, "q", b, s_q)
     topk_length = lengths_of_lists("topk_length", topk_length, indices)
     check_never_empty("q", q, 0)
     check_never_empty("k_cache", k_cache, 0)
@@ -256,48 +264,11 @@ def _sparse(
     )
 
 
-def _refuse_without_indices(names: Sequence[str], values: Sequence[Any]) -> None:
-    for name, value in zip(names, values, strict=True):
-        if value is not None:
-            raise ValueError(
-                f"{name} belongs to a call with indices, got {describe(value)} and indices=None; "
-                "pass indices with it, or leave it out"
-            )
-
-
-def _refuse_with_indices(
-    k_cache: jax.Array, block_table: Any, cache_seqlens: Any, causal: bool, causal_offset: Any
-) -> None:
-    for name, value, instead in (
-        ("block_table", block_table, "get_slot_mapping makes indices of a block table"),
-        ("cache_seqlens", cache_seqlens, "topk_length holds the lengths of the lists"),
-        ("causal_offset", causal_offset, "name only tokens that the query may see"),
-    ):
-        if value is not None:
-            raise ValueError(f"{name} must be None with indices: {instead}, got {describe(value)}")
-    if causal:
-        raise ValueError(
-            "causal must be False with indices: name only tokens that the query may see, got True"
-        )
-    if k_cache.shape[2] != 1:
-        raise ValueError(
-            f"k_cache must have one KV head with indices, got shape {list(k_cache.shape)}"
-        )
-
-
 def _by_sequence(name: str, value: Any, axes: str, b: int) -> jax.Array:
     """An i32 argument with the batch as axis 0."""
     array = int32_array(name, value, axes)
     check_axis(name, array, 0, b, "the batch of q")
     return array
-
-
-def _lists(name: str, value: Any, q: jax.Array) -> jax.Array:
-    """An i32 argument [b, s_q, topk]."""
-    lists = token_lists(name, value)
-    check_axis(name, lists, 0, q.shape[0], "the batch of q")
-    check_axis(name, lists, 1, q.shape[1], "the s_q of q")
-    return lists
 
 
 def _sink_operand(attn_sink: Any, h_q: int) -> dict[str, jax.Array]:
@@ -310,25 +281,15 @@ def _extra_operands(
     k_cache: Any, indices: Any, topk_length: Any, *, q: jax.Array
 ) -> dict[str, jax.Array]:
     """The checked arguments of the second cache, {} if there is none."""
-    name = "extra_k_cache"
-    if (k_cache is None) != (indices is None):
-        missing = name if k_cache is None else "extra_indices_in_kvcache"
-        raise ValueError(
-            "extra_k_cache and extra_indices_in_kvcache come as a pair: pass both or neither, got "
-            f"None for {missing}"
-        )
+    check_extra_pair(k_cache, indices, topk_length)
     if k_cache is None:
-        if topk_length is not None:
-            raise ValueError(
-                f"extra_topk_length belongs to an extra_k_cache, got {describe(topk_length)} and "
-                "extra_k_cache=None; pass the cache and extra_indices_in_kvcache with it"
-            )
         return {}
+    name = "extra_k_cache"
     k_cache = as_array(name, k_cache)
-    check_cache(name, k_cache, "num_blocks2 page_block_size2 1 d_k", q.shape[3], q.dtype)
+    check_cache(name, k_cache, "num_blocks2 page_block_size2 h_kv d_k", q.shape[3], q.dtype)
     check_axis(name, k_cache, 2, 1, "the KV heads with indices")
     check_never_empty(name, k_cache, 0)
-    indices = _lists("extra_indices_in_kvcache", indices, q)
+    indices = token_lists("extra_indices_in_kvcache", indices, "q", *q.shape[:2])
     topk_length = lengths_of_lists("extra_topk_length", topk_length, indices)
     return dict(zip(EXTRA_OPERANDS, (k_cache, indices, topk_length), strict=True))
 

@@ -13,8 +13,9 @@ import numpy as np
 from ._checks import (
     as_array,
     check_array,
-    check_axis,
-    check_only_axis_0_symbolic,
+    check_list_lengths,
+    check_lists,
+    describe,
     int32_array,
     int32_holds_slots,
     static_int,
@@ -77,18 +78,20 @@ def get_sparse_seqlens(
       Array([ 70,   0, 100], dtype=int32)
       >>> schedule = fm.get_mla_metadata(lengths, 16, 1)  # for 16 query heads
     """
-    indices = token_lists("indices", indices)
+    indices = int32_array("indices", indices, "b s_q topk")
+    b, s_q, _ = indices.shape
+    check_lists("indices", indices, "indices", b, s_q)
     length = lengths_of_lists("topk_length", topk_length, indices)
     if extra_indices_in_kvcache is None:
         if extra_topk_length is not None:
             raise ValueError(
-                "extra_topk_length is the length of an extra list: pass extra_indices_in_kvcache "
-                "with it, got None"
+                "extra_topk_length holds the lengths of extra lists, got "
+                f"{describe(extra_topk_length)} and None for extra_indices_in_kvcache; pass that "
+                "too, or leave it out"
             )
         return _seqlens(indices, length).reshape(-1)
-    extra_indices = token_lists("extra_indices_in_kvcache", extra_indices_in_kvcache)
-    check_axis("extra_indices_in_kvcache", extra_indices, 0, indices.shape[0], "as of indices")
-    check_axis("extra_indices_in_kvcache", extra_indices, 1, indices.shape[1], "as of indices")
+    name = "extra_indices_in_kvcache"
+    extra_indices = token_lists(name, extra_indices_in_kvcache, "indices", b, s_q)
     extra_length = lengths_of_lists("extra_topk_length", extra_topk_length, extra_indices)
     return _seqlens(indices, length, extra_indices, extra_length).reshape(-1)
 
@@ -129,15 +132,10 @@ def to_local_slots(indices: jax.Array, first: int | jax.Array, count: int) -> ja
     return jnp.where((indices >= 0) & (local >= 0) & (local < count), local, -1)
 
 
-def token_lists(name: str, value: Any) -> jax.Array:
-    """An i32 argument [b, s_q, topk], of at least one entry a query."""
+def token_lists(name: str, value: Any, owner: str, b: Any, s_q: int) -> jax.Array:
+    """An i32 argument [b, s_q, topk], of `owner`'s batch and queries."""
     lists = int32_array(name, value, "b s_q topk")
-    check_only_axis_0_symbolic(name, lists)
-    if lists.shape[2] == 0:
-        raise ValueError(
-            f"{name} must have at least one entry a query, which may be -1, got shape "
-            f"{list(lists.shape)}"
-        )
+    check_lists(name, lists, owner, b, s_q)
     return lists
 
 
@@ -147,14 +145,9 @@ def lengths_of_lists(name: str, value: Any, lists: jax.Array) -> jax.Array:
     if value is None:
         return jnp.full((b, s_q), topk, jnp.int32)
     lengths = as_array(name, value)
-    if lengths.ndim not in (1, 2):
-        raise ValueError(f"{name} must have shape [b] or [b, s_q], got {list(lengths.shape)}")
     check_array(name, lengths, None, (jnp.int32,))
-    check_axis(name, lengths, 0, b, "the batch of its lists")
-    if lengths.ndim == 1:
-        return jnp.broadcast_to(lengths[:, None], (b, s_q))
-    check_axis(name, lengths, 1, s_q, "the s_q of its lists")
-    return lengths
+    check_list_lengths(name, lengths, lists)
+    return jnp.broadcast_to(lengths[:, None], (b, s_q)) if lengths.ndim == 1 else lengths
 
 
 def _seqlens(

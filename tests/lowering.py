@@ -27,6 +27,7 @@ APPEND = target("append_kv")
 DECODE = target("dense_decode")
 SCHEDULE = target("tile_scheduler")
 SCHEDULE_AND_DECODE = target("schedule_and_decode")
+SPARSE_DECODE = target("sparse_decode")
 
 
 PLATFORMS = [

@@ -22,7 +22,7 @@ import pytest
 import samples
 from cases import D_K, D_V, UNUSED_ENTRY
 from expected import expected_append, expected_merge, slow_schedule
-from lowering import APPEND, DECODE, SCHEDULE, SCHEDULE_AND_DECODE, struct
+from lowering import APPEND, DECODE, SCHEDULE, SCHEDULE_AND_DECODE, SPARSE_DECODE, struct
 
 import jax_flashmla as fm
 
@@ -105,8 +105,10 @@ class OpRow:
       targets_under_vmap: the same under vmap; default: as without vmap.
       attributes: of each target, regular expressions that must be found in its attributes.
       scratch: how many results of the last FFI target the op drops.
-      cache: the operand that grows with the context, which nothing may copy; or None.
-      in_place: whether that operand is updated in place and returned as the one result. Under vmap
+      made: how many operands of the last FFI target the op makes itself, the last of them.
+      caches: the operands that grow with the context, which nothing may copy. All of them have the
+        axis `pages`.
+      in_place: whether the one cache is updated in place and returned as the one result. Under vmap
         it must then be mapped.
       batch: the axis of independent sequences or tokens, into which vmap folds the mapped axis.
       splits: how jax.shard_map may split a call: for each kind of parallelism the axes that are
@@ -133,7 +135,8 @@ class OpRow:
     targets_under_vmap: dict | None = None
     attributes: dict = dataclasses.field(default_factory=dict)
     scratch: int = 0
-    cache: str | None = None
+    made: int = 0
+    caches: tuple[str, ...] = ()
     in_place: bool = False
     batch: str | None = "b"
     splits: dict = dataclasses.field(default_factory=dict)
@@ -152,8 +155,14 @@ class OpRow:
         return [operand.name for operand in self.operands]
 
     @property
-    def cache_index(self) -> int | None:
-        return None if self.cache is None else self.names.index(self.cache)
+    def cache_indices(self) -> list[int]:
+        return [self.names.index(name) for name in self.caches]
+
+    @property
+    def cache_index(self) -> int:
+        """Of an op that updates its cache in place."""
+        (index,) = self.cache_indices
+        return index
 
     @property
     def main_target(self) -> str:
@@ -248,6 +257,26 @@ def draw_slots(rng, shape, sizes):
     return slots
 
 
+def draw_lists(rng, shape, sizes):
+    """Slots of a pool, one in five outside it, some of them just after it; some slots twice."""
+    page = sizes["page2"] if shape[-1] == sizes["extra_topk"] else sizes["page"]
+    pool = sizes["pages"] * page
+    slots = rng.integers(0, pool, shape)
+    outside = rng.choice([-1, -2 * pool, pool, pool + 3, 2**31 - 1, -(2**31)], shape)
+    return np.where(rng.random(shape) < 0.2, outside, slots)
+
+
+def draw_list_lengths(rng, shape, sizes):
+    """Some negative, some beyond the list."""
+    return rng.integers(-3, sizes["topk"] + 3, shape)
+
+
+def draw_sinks(rng, shape, sizes):
+    """Some are infinite."""
+    sinks = rng.standard_normal(shape)
+    return np.where(rng.random(shape) < 0.3, rng.choice([np.inf, -np.inf], shape), sinks)
+
+
 def draw_lses(rng, shape, sizes):
     """Some are +inf, as for a query that sees no token of a part."""
     return np.where(rng.random(shape) < 0.2, np.inf, 3 * rng.standard_normal(shape))
@@ -256,9 +285,9 @@ def draw_lses(rng, shape, sizes):
 # flash_mla_with_kvcache.
 
 
-def decode(q, k_cache, block_table, lengths, *, schedule=(None, None), offset=None, **options):
+def decode(q, k_cache, block_table, lengths, *, schedule=(None, None), **options):
     arrays = (q, k_cache, block_table, lengths)
-    options = {"causal": True, "causal_offset": offset, "head_dim_v": D_V} | options
+    options = {"causal": True, "head_dim_v": D_V} | options
     metadata, num_splits = schedule
     return fm.flash_mla_with_kvcache(
         *arrays, tile_scheduler_metadata=metadata, num_splits=num_splits, **options
@@ -288,6 +317,46 @@ DECODE_SIZES = {
 }  # fmt: skip
 DECODE_ATTRIBUTES = ("causal = true", r"softmax_scale = 0\.041666\d+ : f32")  # 576 ** -0.5
 
+
+def with_sink(out, lse, attn_sink):
+    """out times sigmoid(lse - attn_sink); 0 stays 0 where a query sees no token."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = 1 / (1 + np.exp(attn_sink[:, None] - lse.astype(np.float64)))
+    return np.where(np.isinf(lse), 0, factor).swapaxes(1, 2)[..., None] * out, lse
+
+
+def expected_sparse_decode(q, k_cache, indices, *optional):
+    """One query and head at a time, in float64."""
+    names = ("topk_length", "extra_k_cache", "extra_indices", "extra_length", "attn_sink")
+    given = dict(zip(names, optional, strict=False))
+    lists = [(k_cache, indices, given.get("topk_length"))]
+    if "extra_k_cache" in given:
+        lists.append(tuple(given[name] for name in names[1:4]))
+    b, s_q, h_q, d_k = q.shape
+    out, lse = np.zeros((b, s_q, h_q, D_V)), np.full((b, h_q, s_q), np.inf)
+    for i, s in np.ndindex(b, s_q):
+        rows = []
+        for cache, slots, lengths in lists:
+            pool = cache.reshape(-1, d_k)
+            used = slots[i, s] if lengths is None else slots[i, s, : max(lengths[i, s], 0)]
+            rows += [pool[slot].astype(np.float64) for slot in used if 0 <= slot < len(pool)]
+        if rows:
+            scores = q[i, s].astype(np.float64) @ np.stack(rows).T * d_k**-0.5
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            total = weights.sum(axis=1, keepdims=True)
+            out[i, s] = (weights / total) @ np.stack(rows)[:, :D_V]
+            lse[i, :, s] = scores.max(axis=1) + np.log(total[:, 0])
+    return with_sink(out, lse, given["attn_sink"]) if "attn_sink" in given else (out, lse)
+
+
+def sparse_cost(q, k_cache, indices, lengths):
+    """Of lists that share no slot, in a pool that holds them all."""
+    b, s_q, topk = indices.shape
+    k_cache = struct((b * s_q * topk, *k_cache.shape[1:]), k_cache.dtype)
+    indices = np.arange(b * s_q * topk).reshape(indices.shape)
+    return fm.decode_cost(q, k_cache, None, D_V, indices=indices, topk_length=lengths)
+
+
 decode_row = OpRow(
     name="decode",
     primitive="flash_mla_with_kvcache",
@@ -300,7 +369,7 @@ decode_row = OpRow(
     targets={SCHEDULE_AND_DECODE: 1},
     attributes={SCHEDULE_AND_DECODE: DECODE_ATTRIBUTES},
     scratch=4,
-    cache="k_cache",
+    caches=("k_cache",),
     splits={"data": ("b", "pages"), "tensor": ("h_q",)},
     gaps=(
         ({"d_k": 288}, None, {"head_dim_v": 256}, "not for 288 and 256"),
@@ -335,8 +404,122 @@ offset_row = dataclasses.replace(
     name="decode-with-causal-offset",
     variant=True,
     operands=(*DECODE_OPERANDS, Operand("causal_offset", "b", "int32", draw_offsets)),
-    call=lambda *arrays, **options: decode(*arrays[:-1], offset=arrays[-1], **options),
+    call=lambda *arrays, **options: decode(*arrays[:-1], causal_offset=arrays[-1], **options),
     gaps=decode_row.gaps[-1:],
+    cost=None,
+    samples=(),
+)
+
+SINK = Operand("attn_sink", "h_q", "float32", draw_sinks)
+
+sink_row = dataclasses.replace(
+    decode_row,
+    name="decode-with-attn-sink",
+    variant=True,
+    operands=(*DECODE_OPERANDS, SINK),
+    call=lambda *arrays, **options: decode(*arrays[:-1], attn_sink=arrays[-1], **options),
+    expected=lambda *arrays: with_sink(*expected_decode(*arrays[:-1]), arrays[-1]),
+    attributes={SCHEDULE_AND_DECODE: (*DECODE_ATTRIBUTES, "has_attn_sink = true")},
+    gaps=decode_row.gaps[-1:],
+    cost=None,
+    samples=(),
+)
+
+
+# flash_mla_with_kvcache with indices.
+
+
+def sparse_decode(q, k_cache, indices, topk_length=None, *, schedule=(None, None), **options):
+    metadata, num_splits = schedule
+    return fm.flash_mla_with_kvcache(
+        q, k_cache, None, None, **{"head_dim_v": D_V} | options,
+        tile_scheduler_metadata=metadata, num_splits=num_splits,
+        indices=indices, topk_length=topk_length,
+    )  # fmt: skip
+
+
+def sparse_decode_of_two_caches(q, k_cache, indices, topk_length, *others, **options):
+    names = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length", "attn_sink")
+    options |= dict(zip(names, others, strict=True))
+    return sparse_decode(q, k_cache, indices, topk_length, **options)
+
+
+def make_list_schedule(lengths):
+    """For the two queries a sequence, and the 4 heads, of the sparse decode rows below."""
+    return fm.get_mla_metadata(jnp.repeat(lengths, 2), 4, 1, num_sms=5)
+
+
+SPARSE_OPERANDS = (
+    *DECODE_OPERANDS[:2],
+    Operand("indices", "b s_q topk", "int32", draw_lists),
+)
+LIST_LENGTHS = Operand("topk_length", "b s_q", "int32", draw_list_lengths)
+NO_EXTRA = ("has_extra = false", "has_attn_sink = false")
+
+sparse_row = OpRow(
+    name="sparse-decode",
+    primitive="sparse_flash_mla_with_kvcache",
+    operands=SPARSE_OPERANDS,
+    results=decode_row.results,
+    call=sparse_decode,
+    expected=expected_sparse_decode,
+    assert_close=cases.assert_decode_close,
+    sizes={
+        "b": 2, "s_q": 2, "h_q": 4, "h_kv": 1, "d_k": D_K, "d_v": D_V,
+        "pages": 9, "page": 16, "topk": 70, "page2": 5, "extra_topk": 21,
+    },
+    targets={SPARSE_DECODE: 1},
+    attributes={SPARSE_DECODE: (*DECODE_ATTRIBUTES[1:], *NO_EXTRA, "has_schedule = false")},
+    scratch=4,
+    made=2,  # topk_length, twice
+    caches=("k_cache",),
+    splits={"data": ("b", "pages"), "tensor": ("h_q",)},
+    gaps=(
+        ({"d_k": 288}, None, {"head_dim_v": 256}, "not for 288 and 256"),
+        ({}, None, {"head_dim_v": 256}, "not for 576 and 256"),
+        ({}, "float32", {}, "not for q in float32"),
+    ),
+    symbolic=("b", "pages"),
+    cost=sparse_cost,
+    samples=samples.SPARSE_DECODE,
+)  # fmt: skip
+
+sparse_given_row = dataclasses.replace(
+    sparse_row,
+    name="sparse-decode-given-a-schedule",
+    variant=True,
+    operands=(*SPARSE_OPERANDS, LIST_LENGTHS, Schedule(make_list_schedule)),
+    call=lambda *arrays, **options: sparse_decode(*arrays[:-1], schedule=arrays[-1], **options),
+    expected=lambda *arrays: expected_sparse_decode(*arrays[:-1]),
+    targets_under_vmap={SCHEDULE: 1, SPARSE_DECODE: 1},
+    attributes={SPARSE_DECODE: (*DECODE_ATTRIBUTES[1:], *NO_EXTRA, "has_schedule = true")},
+    made=0,
+    splits={"data": ("b", "pages")},
+    gaps=sparse_row.gaps[:1],
+    cost=None,
+    samples=(),
+)
+
+two_caches_row = dataclasses.replace(
+    sparse_row,
+    name="sparse-decode-of-two-caches",
+    variant=True,
+    operands=(
+        *SPARSE_OPERANDS,
+        LIST_LENGTHS,
+        Operand("extra_k_cache", "pages page2 h_kv d_k", "bfloat16", draw_values),
+        Operand("extra_indices_in_kvcache", "b s_q extra_topk", "int32", draw_lists),
+        Operand("extra_topk_length", "b s_q", "int32", draw_list_lengths),
+        SINK,
+    ),
+    call=sparse_decode_of_two_caches,
+    expected=expected_sparse_decode,
+    attributes={
+        SPARSE_DECODE: ("has_extra = true", "has_attn_sink = true", "has_schedule = false")
+    },
+    made=1,  # the lengths for the schedule
+    caches=("k_cache", "extra_k_cache"),
+    gaps=sparse_row.gaps[-1:],
     cost=None,
     samples=(),
 )
@@ -389,7 +572,7 @@ append_row = OpRow(
     assert_close=cases.assert_bit_equal,
     sizes={"pages": 4, "page": 16, "h_kv": 1, "d_k": D_K, "tokens": 5},
     targets={APPEND: 1},
-    cache="k_cache",
+    caches=("k_cache",),
     in_place=True,
     batch="tokens",
     splits={"data": ("pages", "tokens")},
@@ -426,4 +609,28 @@ merge_row = OpRow(
 )
 
 
-ROWS = [decode_row, given_row, offset_row, schedule_row, append_row, merge_row]
+merge_sink_row = dataclasses.replace(
+    merge_row,
+    name="merge-with-attn-sink",
+    variant=True,
+    operands=(*merge_row.operands, SINK),
+    call=lambda *arrays, implementation: fm.merge_attention_states(
+        *arrays[:2], attn_sink=arrays[2]
+    ),
+    expected=lambda outs, lses, attn_sink: with_sink(*expected_merge(outs, lses), attn_sink),
+)
+
+
+ROWS = [
+    decode_row,
+    given_row,
+    offset_row,
+    sink_row,
+    sparse_row,
+    sparse_given_row,
+    two_caches_row,
+    schedule_row,
+    append_row,
+    merge_row,
+    merge_sink_row,
+]

@@ -92,3 +92,81 @@ DECODE = (
     sample([700] * 20 + [0, 64, 2000], 128),  # one, two and more splits
     sample([700] * 20 + [0, 64, 2000], 128, room=40),
 )
+
+
+def sparse_sample(
+    lengths,
+    h_q,
+    *,
+    s_q=1,
+    topk=128,
+    d_k=D_K,
+    page=64,
+    dtype=jnp.bfloat16,
+    extra=0,
+    sink=False,
+    garbage=False,
+    implementation,
+):
+    """Decodes lists of these lengths, whose last quarter of the pool is NaN and never named.
+
+    Some entries are outside the pool. With `extra` there is a second cache and a list of so many
+    entries a query. With `garbage` the schedules are random integers.
+    """
+    rng = np.random.default_rng(0)
+    b = len(lengths)
+
+    def pool_and_lists(page, topk):
+        slots = max(2 * topk, 8 * page) // page * page
+        pool = rng.standard_normal((slots, d_k), np.float32)
+        pool[slots * 3 // 4 :] = np.nan
+        lists = rng.integers(0, slots * 3 // 4, (b, s_q, topk))
+        outside = rng.choice([-1, slots, 2**31 - 1, -(2**31)], lists.shape)
+        lists = np.where(rng.random(lists.shape) < 0.1, outside, lists)
+        return jnp.asarray(pool.reshape(-1, page, 1, d_k), dtype), jnp.asarray(lists, jnp.int32)
+
+    q = jnp.asarray(rng.standard_normal((b, s_q, h_q, d_k)), dtype)
+    k_cache, indices = pool_and_lists(page, topk)
+    topk_length = jnp.asarray(lengths, jnp.int32)
+    options = {"indices": indices, "topk_length": topk_length}
+    if sink:
+        options["attn_sink"] = jnp.asarray(rng.standard_normal(h_q), jnp.float32)
+    extra_indices = None
+    if extra:
+        options["extra_k_cache"], extra_indices = pool_and_lists(2, extra)
+        options["extra_indices_in_kvcache"] = extra_indices
+    schedule = fm.get_mla_metadata(
+        fm.get_sparse_seqlens(indices, topk_length, extra_indices),
+        h_q,
+        1,
+        implementation=implementation,
+    )
+
+    def decode(*given):
+        return fm.flash_mla_with_kvcache(
+            q, k_cache, None, None, D_V, *given, implementation=implementation, **options
+        )
+
+    if garbage:
+        for most in (b * s_q + 3, 2**31):
+            jax.block_until_ready(decode(*random_arrays(rng, schedule, most)))
+        return
+    for given in ((), schedule):  # made by the call, and given
+        for x in decode(*given):
+            assert not np.isnan(np.asarray(x.astype(jnp.float32))).any()
+
+
+def sparse(lengths, h_q, **options):
+    return functools.partial(sparse_sample, lengths, h_q, **options)
+
+
+SPARSE_DECODE = (
+    sparse([128, 70, 0], 16),
+    sparse([133, 1, 64], 6, s_q=2, topk=133, page=1, sink=True, dtype=jnp.float16),
+    sparse([300, 0, -4, 2000], 128, topk=700, extra=65, sink=True),
+    sparse([512, 30], 64, topk=512, d_k=512, page=48, extra=128),
+    sparse([2048], 8, topk=2051, d_k=512),
+    sparse([40] * 400, 20, s_q=2, topk=64),  # more lists in a block than it plans ahead
+    sparse([512] * 66, 16, topk=512),  # two splits each
+    sparse([700] * 20 + [0, 64, 2000], 96, topk=2000),  # one, two and more splits
+)

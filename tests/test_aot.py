@@ -39,13 +39,13 @@ def compiled(row, sharding, pages):
 def test_memory_does_not_grow_with_the_cache(row, h200):
     """Scratch has a constant size, nothing copies the cache, and an append is in place."""
     temporary = []
-    for pages in (1000, 50000) if row.cache else (1,):
+    for pages in (1000, 50000) if row.caches else (1,):
         program = compiled(row, h200, pages)
         memory, hlo = program.memory_analysis(), program.as_text()
         assert sorted(kernels_in(hlo)) == sorted(row.targets)
         temporary.append(memory.temp_size_in_bytes)
-        if row.cache is not None:
-            cache = row.structs(pages=pages)[row.cache_index]
+        for index in row.cache_indices:
+            cache = row.structs(pages=pages)[index]
             assert not copies_of(cache.size, row, hlo)
             if row.in_place:
                 assert memory.alias_size_in_bytes >= cache.size * cache.dtype.itemsize
@@ -63,7 +63,7 @@ def test_names_in_a_compiled_program(row, h200):
 def mapped_caches():
     """The axis along which the cache is mapped, or None, and whether that copies the cache."""
     for row in ops.ROWS:
-        if row.targets and row.cache and not row.variant:
+        if row.targets and row.caches and not row.variant:
             for axis, copied in ((None, False), (0, False), (1, True)):
                 if axis is not None or not row.in_place:
                     yield pytest.param(row, axis, copied, id=f"{row}-{axis}", marks=row.marks)
@@ -71,7 +71,7 @@ def mapped_caches():
 
 @pytest.mark.parametrize(("row", "axis", "copied"), list(mapped_caches()))
 def test_copies_of_the_cache_under_vmap(row, axis, copied, h200):
-    in_axes = [axis if name == row.cache else 0 for name in row.names]
+    in_axes = [axis if name in row.caches else 0 for name in row.names]
     structs = []
     for x, place in zip(row.structs(pages=1000), in_axes, strict=True):
         shape = list(x.shape)
@@ -81,9 +81,11 @@ def test_copies_of_the_cache_under_vmap(row, axis, copied, h200):
     run = jax.vmap(row.with_implementation("cuda"), in_axes, axis if row.in_place else 0)
     donated = row.cache_index if row.in_place else ()
     program = jax.jit(run, donate_argnums=donated).lower(*structs).compile()
-    hlo, size = program.as_text(), int(np.prod(structs[row.cache_index].shape))
+    hlo = program.as_text()
     assert sorted(kernels_in(hlo)) == sorted(row.targets_under_vmap or row.targets)
-    assert bool(copies_of(size, row, hlo)) == copied
+    for index in row.cache_indices:
+        size = int(np.prod(structs[index].shape))
+        assert bool(copies_of(size, row, hlo)) == copied
     if row.in_place:
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= 2 * size

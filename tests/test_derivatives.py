@@ -52,7 +52,7 @@ def derivative_rows():
         floats = [operand.name for operand in row.operands if operand.is_float]
         if row.primitive is not None:
             for i, name in enumerate(floats):
-                for derivative in ["grad"] if name == row.cache else DERIVATIVES:
+                for derivative in ["grad"] if name in row.caches else DERIVATIVES:
                     id_ = f"{row}-{derivative}-by-{name}"
                     yield pytest.param(row, i, derivative, id=id_, marks=row.marks)
 

@@ -101,7 +101,8 @@ def assert_as_today(stored, exact):
             if name in exact:
                 np.testing.assert_array_equal(a, e)
             else:
-                np.testing.assert_allclose(a, e, rtol=2**-7, atol=1e-3)
+                # Softmax weights that are rounded to bfloat16 differ from float32 by 2**-9.
+                np.testing.assert_allclose(a, e, rtol=2**-7, atol=3e-3)
     assert np.isinf(actual["own schedule"][1]).sum() == S_Q * H_Q  # of the empty sequence
     assert np.isfinite(actual["made schedule"][1][0]).all()
     metadata, num_splits = actual["given schedule"]

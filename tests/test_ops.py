@@ -45,7 +45,7 @@ def test_axes_have_sizes(row):
         assert set(array.axes.split()) <= row.sizes.keys(), array
     names = {axis for operand in row.operands for axis in operand.axes.split()}
     assert {row.batch, *row.symbolic, *(x for axes in row.splits.values() for x in axes)} <= names
-    assert row.cache is None or row.cache in row.names
+    assert set(row.caches) <= set(row.names)
 
 
 @pytest.mark.usefixtures("quick_compile")

@@ -7,6 +7,7 @@ Shapes: those of the package, and
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class Source:
       needed: i32 [b], how many units of each sequence must be read, counted from its first.
       units: the most units of a sequence. A unit is a page, or a token.
       unit_tokens: tokens in a unit.
-      read: (arrays, units) -> (K [b, tokens, h_kv, d_k], which of it is seen: bool
+      read: (arrays, units) -> (K [b, h_kv, tokens, d_k], which of it is seen: bool
         [b, 1 or rows, tokens]). `units` i32 [n] counts from 0; those past the last hold nothing. K
         is finite where no row sees it, because 0 * NaN is NaN.
     """
@@ -161,9 +162,7 @@ def _add_chunk(
     seen: jax.Array,
     softmax_scale: float,
 ) -> tuple[jax.Array, ...]:
-    precision = "highest" if q.dtype == jnp.float32 else None
-    product = {"precision": precision, "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bhrd,bthd->bhrt", q, kv, **product) * softmax_scale
+    scores = _product("bhrd,bhtd->bhrt", q, kv) * softmax_scale
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     maximum = scores.max(axis=-1)
     if state is not None:
@@ -172,12 +171,27 @@ def _add_chunk(
     weights = jnp.exp(scores - finite[..., None])
     total = weights.sum(axis=-1)
     # All columns of K, of which V is a part: a slice of K would be a copy.
-    acc = jnp.einsum("bhrt,bthd->bhrd", weights.astype(q.dtype), kv, **product)
+    acc = _product("bhrt,bhtd->bhrd", weights.astype(q.dtype), kv)
     if state is not None:
         fade = jnp.exp(state[0] - finite)
         total += state[1] * fade
         acc += state[2] * fade[..., None]
     return maximum, total, acc
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The einsum of two arrays in float32."""
+    exact = functools.partial(jnp.einsum, subscripts, precision="highest")
+    if x.dtype == jnp.float32:
+        return exact(x, y)
+    # On some CPUs XLA compiles products of 16-bit arrays with float32 sums, and cannot run them.
+    result: jax.Array = jax.lax.platform_dependent(
+        x,
+        y,
+        cpu=lambda x, y: exact(x.astype(jnp.float32), y.astype(jnp.float32)),
+        default=functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32),
+    )
+    return result
 
 
 def _finish(

@@ -108,7 +108,7 @@ def _pages(
         kv = kv.reshape(ids.shape[0], -1, h_kv, d_k)
         # Unused slots may hold NaN, and 0 * NaN is NaN. So make them 0 before any product.
         kv = jnp.where(live[:, :, None, None], kv, 0)
-        return kv, live[:, None] & (token[None] < visible[:, :, None])
+        return kv.swapaxes(1, 2), live[:, None] & (token[None] < visible[:, :, None])
 
     last = jnp.where(page_ids >= 0, jnp.arange(1, mb + 1, dtype=jnp.int32)[None], 0)
     needed = jnp.max(last, axis=1, initial=0)

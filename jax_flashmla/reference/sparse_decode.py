@@ -63,12 +63,12 @@ def sparse_decode(
 
 def _list_of_tokens(k_cache: jax.Array, indices: Any, length: Any) -> Source:
     """A list for each query, all queries in one axis."""
-    pages, page, h_kv, d_k = k_cache.shape
+    pages, page, _, d_k = k_cache.shape
     topk = indices.shape[2]
     slots = pages * page
-    rows = k_cache.reshape(slots, h_kv, d_k)
+    rows = k_cache.reshape(slots, d_k)
     last = min(slots - 1, _INT32_MAX) if isinstance(slots, int) else slots - 1
-    listed = jnp.arange(topk, dtype=jnp.int32) < length[..., None]
+    listed = jnp.arange(topk, dtype=jnp.int32)[None, None] < length[..., None]
     valid = listed & (indices >= 0) & (indices <= last)
     slot = jnp.where(valid, indices, -1).reshape(-1, topk)
 
@@ -79,7 +79,8 @@ def _list_of_tokens(k_cache: jax.Array, indices: Any, length: Any) -> Source:
         seen = slot >= 0
         kv = rows.at[jnp.maximum(slot, 0)].get(mode="promise_in_bounds")
         # Slots that nothing names may hold NaN, and 0 * NaN is NaN.
-        return jnp.where(seen[..., None, None], kv, 0), seen[:, None]
+        kv = jnp.where(seen[..., None], kv, 0)
+        return kv[:, None], seen[:, None]
 
     needed = jnp.clip(length, 0, topk).reshape(-1)
     return Source((slot,), needed, topk if pages != 0 else 0, 1, read)
