@@ -270,7 +270,8 @@ def test_dense_decode_runs(dense_results):
         assert row.keys() >= {
             "op", "dtype", "page_block_size", "h_q", "s_q", "batch", "mean_len", "varlen", "us",
             "us_with_schedule", "floor_us", "of_floor", "peer", "peer_us", "ratio", "rel_err",
-            "lse_err", "jax_us", "plain_us", "sustained_us", "sustained_mhz", "sustained_watts", "host_bound",
+            "lse_err", "jax_us", "plain_us", "sustained_us", "sustained_mhz", "sustained_watts",
+            "host_bound",
         }  # fmt: skip
     assert [row["form"] for row in found["layers"]] == list(sections.FORMS)
     variants = [(row["dtype"], row["page_block_size"]) for row in found["variants"]]
