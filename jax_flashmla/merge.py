@@ -71,7 +71,7 @@ def merge_attention_states(
     shares = weights / total[None]
     lse = maximum + jnp.log(total)  # of a query that sees a key
     if attn_sink is not None:
-        shares *= _sink_factor(lse, attn_sink[None, :, None])[None]
+        shares *= _sink_factor(lse, attn_sink)[None]
 
     shares, empty = (jnp.swapaxes(x, 2, 3)[..., None] for x in (shares, empty))
     # An empty part's out may hold NaN, and 0 * NaN is NaN.
@@ -80,10 +80,11 @@ def merge_attention_states(
 
 
 def _sink_factor(lse: jax.Array, attn_sink: jax.Array) -> jax.Array:
-    """sigmoid(lse - attn_sink), without making infinities of its own."""
-    infinite = jnp.isinf(attn_sink)
-    factor = jax.nn.sigmoid(lse - jnp.where(infinite, 0, attn_sink))
-    return jnp.where(infinite, (attn_sink < 0).astype(factor.dtype), factor)
+    """sigmoid(lse - attn_sink) for lse [b, h_q, s_q]; makes no infinities on the way either."""
+    infinite, negative = (x[None, :, None] for x in (jnp.isinf(attn_sink), attn_sink < 0))
+    finite = jnp.where(jnp.isinf(attn_sink), 0, attn_sink)[None, :, None]
+    factor = jax.nn.sigmoid(lse - finite)
+    return jnp.where(infinite, negative.astype(factor.dtype), factor)
 
 
 def merge_attention_states_across(
@@ -137,6 +138,8 @@ def merge_attention_states_across(
     check_array("lse", lse, "b h_q s_q", (jnp.float32,))
     for lse_axis, out_axis, name in ((0, 0, "b"), (1, 2, "h_q"), (2, 1, "s_q")):
         check_axis("lse", lse, lse_axis, out.shape[out_axis], f"the {name} of out")
+    if attn_sink is not None:
+        attn_sink = sink_array(attn_sink, out.shape[2], "the h_q of out")
     gathered = jax.lax.all_gather(_pack(out, lse), _check_axis_name(axis_name), to="invarying")
     return merge_attention_states(*_unpack(gathered, out.dtype), attn_sink=attn_sink)
 

@@ -11,7 +11,8 @@ import jax_flashmla as fm
 
 LENGTHS = jnp.array([70, 3], jnp.int32)
 METADATA, NUM_SPLITS = fm.get_mla_metadata(LENGTHS, 4, 1, num_sms=2, implementation="xla")
-FUNCTIONS = {  # valid arguments by name
+LISTS = jnp.zeros((2, 1, 3), jnp.int32)
+FUNCTIONS = {  # valid arguments by name, of a function or of one way to call it
     "get_mla_metadata": {
         "cache_seqlens": LENGTHS, "num_heads_per_head_k": 4, "num_heads_k": 1
     },
@@ -25,7 +26,30 @@ FUNCTIONS = {  # valid arguments by name
         "num_splits": NUM_SPLITS,
         "causal": True,
         "causal_offset": LENGTHS,
+        "attn_sink": jnp.zeros(4),
     },
+    "flash_mla_with_kvcache with indices": {
+        "q": jnp.zeros((2, 1, 4, 8)),
+        "k_cache": jnp.zeros((4, 64, 1, 8)),
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": 4,
+        "tile_scheduler_metadata": METADATA,
+        "num_splits": NUM_SPLITS,
+        "indices": LISTS,
+        "topk_length": LENGTHS,
+        "attn_sink": jnp.zeros(4),
+        "extra_k_cache": jnp.zeros((3, 2, 1, 8)),
+        "extra_indices_in_kvcache": LISTS,
+        "extra_topk_length": LENGTHS,
+    },
+    "get_sparse_seqlens": {
+        "indices": LISTS,
+        "topk_length": LENGTHS,
+        "extra_indices_in_kvcache": LISTS,
+        "extra_topk_length": LENGTHS,
+    },
+    "to_local_slots": {"indices": LISTS, "first": jnp.int32(3), "count": 5},
     "append_kv_cache": {
         "k_cache": jnp.zeros((4, 64, 1, 8)),
         "new_kv": jnp.zeros((3, 1, 8)),
@@ -44,41 +68,74 @@ FUNCTIONS = {  # valid arguments by name
         "causal": True,
         "causal_offset": [0, -1],
     },
+    "decode_cost with indices": {
+        "q": jnp.zeros((2, 1, 4, 8)),
+        "k_cache": jnp.zeros((4, 64, 1, 8)),
+        "cache_seqlens": None,
+        "head_dim_v": 4,
+        "indices": [[[1, 2, 3]], [[1, -1, 3]]],
+        "topk_length": [2, 3],
+        "extra_k_cache": jnp.zeros((3, 2, 1, 8)),
+        "extra_indices_in_kvcache": [[[1]], [[1]]],
+        "extra_topk_length": [2, 3],
+    },
     "merge_attention_states": {
-        "outs": jnp.zeros((2, 2, 1, 4, 8)), "lses": jnp.zeros((2, 2, 4, 1))
+        "outs": jnp.zeros((2, 2, 1, 4, 8)),
+        "lses": jnp.zeros((2, 2, 4, 1)),
+        "attn_sink": jnp.zeros(4),
     },
     "merge_attention_states_across": {
-        "out": jnp.zeros((2, 1, 4, 8)), "lse": jnp.zeros((2, 4, 1)), "axis_name": "x"
+        "out": jnp.zeros((2, 1, 4, 8)),
+        "lse": jnp.zeros((2, 4, 1)),
+        "axis_name": "x",
+        "attn_sink": jnp.zeros(4),
     },
 }  # fmt: skip
-OPTIONAL = {"tile_scheduler_metadata", "num_splits", "causal_offset"}
+OPTIONAL = {
+    "tile_scheduler_metadata", "num_splits", "causal_offset", "indices", "topk_length", "attn_sink",
+    "extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length",
+}  # fmt: skip
 ARRAYS = [
     (function, name)
     for function, arguments in FUNCTIONS.items()
     for name, value in arguments.items()
     if isinstance(value, jax.Array | list)
 ]
-STRUCTS_WILL_DO = {("decode_cost", "q"), ("decode_cost", "k_cache")}
+STRUCTS_WILL_DO = {
+    (function, name)
+    for function in ("decode_cost", "decode_cost with indices")
+    for name in ("q", "k_cache", "extra_k_cache")
+}
+
+
+def public(function):
+    """The function, of which the table may have several calls."""
+    return getattr(fm, function.split(" ")[0])
+
+
 WITH_IMPLEMENTATION = [
-    name
-    for name in FUNCTIONS
-    if "implementation" in inspect.signature(getattr(fm, name)).parameters
+    name for name in FUNCTIONS if "implementation" in inspect.signature(public(name)).parameters
 ]
 
 
 def call(function, **changes):
     reference = {"implementation": "xla"} if function in WITH_IMPLEMENTATION else {}
-    return getattr(fm, function)(**{**FUNCTIONS[function], **reference, **changes})
+    return public(function)(**{**FUNCTIONS[function], **reference, **changes})
 
 
 def test_the_table_is_complete():
     """It has every public function and every array argument, and all arguments are valid."""
-    public = {name for name in fm.__all__ if inspect.isfunction(getattr(fm, name))}
-    assert public == set(FUNCTIONS)
+    functions = {function: set() for function in map(public, FUNCTIONS)}
+    assert {f.__name__ for f in functions} == {
+        name for name in fm.__all__ if inspect.isfunction(getattr(fm, name))
+    }
+    for function, name in ARRAYS:
+        functions[public(function)].add(name)
+    for function, names in functions.items():
+        annotations = inspect.signature(function).parameters
+        assert names == {n for n, p in annotations.items() if "rray" in str(p.annotation)}, function
     for function, arguments in FUNCTIONS.items():
-        annotations = inspect.signature(getattr(fm, function)).parameters
-        arrays = {n for n, p in annotations.items() if "rray" in str(p.annotation)}
-        assert arrays == {name for f, name in ARRAYS if f == function}, function
+        annotations = inspect.signature(public(function)).parameters
         required = {n for n, p in annotations.items() if p.default is p.empty}
         assert required <= set(arguments)
         if function != "merge_attention_states_across":

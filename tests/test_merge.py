@@ -95,6 +95,49 @@ def test_an_invalid_part_shows(others):
         assert (np.isnan(lse[i]) == (i == 1)).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sink(dtype):
+    """It multiplies out by sigmoid(lse - sink) and is not in lse."""
+    outs, lses = random_parts(dtype, spread=20.0)
+    lses[:, 0, :, 1] = np.inf  # queries that see no key
+    outs[:, 0, 1] = np.nan
+    sink = np.array([np.inf, -np.inf, 0.0, 30.0, -1e38], np.float32)
+    out, lse = fm.merge_attention_states(*map(jnp.asarray, (outs, lses)), attn_sink=sink)
+    plain = fm.merge_attention_states(*map(jnp.asarray, (outs, lses)))
+    np.testing.assert_array_equal(lse, plain[1])
+    expected, expected_lse = expected_merge(outs, lses)
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = 1 / (1 + np.exp(sink[:, None] - expected_lse))
+    expected *= np.where(np.isinf(expected_lse), 0, factor).swapaxes(1, 2)[..., None]
+    rtol = {"float32": 1e-5, "bfloat16": 2**-7}[dtype]
+    cases.assert_close("out", np.asarray(out), expected, atol=2e-6, rtol=rtol)
+    assert (out[:, :, 0] == 0).all()  # +inf
+    np.testing.assert_array_equal(out[:, :, [1, 4]], plain[0][:, :, [1, 4]])  # -inf, or almost
+    assert (out[0, 1] == 0).all()
+
+
+def test_sink_makes_no_infinities():
+    """Infinite sinks do not stop a program under jax_debug_infs."""
+    outs, lses = random_parts()
+    outs, lses = jnp.asarray(outs), jnp.asarray(lses)
+    sink = jnp.array([np.inf, -np.inf, 0.0, 30.0, -1e30], jnp.float32)
+    with jax.debug_infs(True), jax.debug_nans(True):
+        out, lse = fm.merge_attention_states(outs, lses, attn_sink=sink)
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+
+
+def test_sink_of_nan_and_an_invalid_part():
+    outs, lses = random_parts()
+    sink = np.array([np.nan, np.inf, -np.inf, 0.0, 1.0], np.float32)
+    out, _ = fm.merge_attention_states(*map(jnp.asarray, (outs, lses)), attn_sink=sink)
+    np.testing.assert_array_equal(np.isnan(out).all(axis=(0, 1, 3)), np.isnan(sink))
+    outs[2, 1], lses[2, 1] = np.nan, np.nan
+    out, lse = fm.merge_attention_states(*map(jnp.asarray, (outs, lses)), attn_sink=sink)
+    assert np.isnan(out[1]).all()
+    assert np.isnan(lse[1]).all()
+
+
 def test_under_transformations_and_strict_configurations():
     outs, lses = random_parts("bfloat16")
     expected = fm.merge_attention_states(jnp.asarray(outs), jnp.asarray(lses))
@@ -103,8 +146,14 @@ def test_under_transformations_and_strict_configurations():
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
     ):
-        merge = jax.jit(jax.vmap(fm.merge_attention_states, (1, 2)))
-        out, lse = merge(np.stack([outs, outs], 1), np.stack([lses, lses], 2))
+        stacked = np.stack([outs, outs], 1), np.stack([lses, lses], 2)
+        out, lse = jax.jit(jax.vmap(fm.merge_attention_states, (1, 2)))(*stacked)
+        with_sink = jax.vmap(
+            lambda outs, lses, sink: fm.merge_attention_states(outs, lses, attn_sink=sink),
+            (1, 2, None),
+        )
+        unchanged, _ = jax.jit(with_sink)(*stacked, np.full(5, -np.inf, np.float32))
+        np.testing.assert_array_equal(unchanged, out)
     assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     for i in range(2):
         np.testing.assert_allclose(lse[i], expected[1], rtol=1e-6)
@@ -132,6 +181,21 @@ ZEROS = jnp.zeros(SHAPE), jnp.zeros((4, 3, 5, 2))
 def test_misuse(outs, lses, error, message):
     with pytest.raises(error, match=message):
         fm.merge_attention_states(outs, lses)
+
+
+@pytest.mark.parametrize(
+    ("sink", "error", "message"),
+    [
+        (jnp.zeros(4), ValueError, "^attn_sink .*axis 0 must be 5, the h_q of out"),
+        (jnp.zeros((1, 5)), ValueError, r"^attn_sink must have shape \[h_q\], got \[1, 5\]"),
+        (jnp.zeros(5, jnp.bfloat16), TypeError, "^attn_sink must have dtype float32, got bfloat16"),
+    ],
+)
+def test_misuse_of_a_sink(sink, error, message):
+    with pytest.raises(error, match=message):
+        fm.merge_attention_states(*ZEROS, attn_sink=sink)
+    with pytest.raises(error, match=message):
+        fm.merge_attention_states_across(ZEROS[0][0], ZEROS[1][0], "x", attn_sink=sink)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def decode_of_a_schedule(*arrays):
     )
 
 
+def lists_of_a_schedule(q, k_cache, indices, lengths, sink):
+    lists = (indices, lengths, indices, lengths)
+    schedule = fm.get_mla_metadata(fm.get_sparse_seqlens(*lists), 4, 1)
+    return fm.flash_mla_with_kvcache(
+        q, k_cache, None, None, 512, *schedule, indices=indices, topk_length=lengths,
+        attn_sink=sink, extra_k_cache=k_cache, extra_indices_in_kvcache=indices,
+        extra_topk_length=lengths,
+    )  # fmt: skip
+
+
 def merge_across(out, lse):
     merge = jax.shard_map(
         lambda *args: fm.merge_attention_states_across(*args, "x"),
@@ -64,12 +74,26 @@ def decode_in_shard_map(*arrays):
 
 
 ARRAYS = floats(2, 1, 4, 576), floats(8, 16, 1, 576), struct(2, 4), struct(2)
+LISTS = *ARRAYS[:2], struct(2, 1, 40)
 TOKENS = floats(8, 16, 1, 576), floats(2, 1, 576), struct(2)
 FUNCTIONS = {
     "get_mla_metadata": (make, ARRAYS[3:]),
     "get_mla_metadata with fixed splits": (make_fixed, ARRAYS[3:]),
     "flash_mla_with_kvcache": (decode, ARRAYS),
     "flash_mla_with_kvcache with a schedule": (decode_of_a_schedule, ARRAYS),
+    "flash_mla_with_kvcache with indices": (
+        lambda q, k_cache, indices: fm.flash_mla_with_kvcache(
+            q, k_cache, None, None, 512, indices=indices
+        ),
+        LISTS,
+    ),
+    "flash_mla_with_kvcache with indices and a schedule": (
+        lists_of_a_schedule, (*LISTS, struct(2), struct(4, dtype=jnp.float32))
+    ),
+    "get_sparse_seqlens": (fm.get_sparse_seqlens, (LISTS[2], struct(2))),
+    "to_local_slots": (
+        lambda indices, first: fm.to_local_slots(indices, first, 64), (LISTS[2], struct())
+    ),
     "append_kv_cache": (fm.append_kv_cache, TOKENS),
     "get_slot_mapping": (
         lambda *args: fm.get_slot_mapping(*args, 16), (struct(2, 4), struct(2, 1))
@@ -97,6 +121,7 @@ def traces():
         structs = [struct(3, *x.shape, dtype=x.dtype) for x in structs]
         found[f"vmap of {name}"] = str(jax.make_jaxpr(jax.vmap(function))(*structs))
     fm.decode_cost(*ARRAYS[:2], np.array([3, 70]), 512, True, causal_offset=[0, 1])
+    fm.decode_cost(*ARRAYS[:2], None, 512, indices=np.zeros((2, 1, 40), np.int32))
     return found
 
 
