@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import types
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_torch import FakeTorch
+from lowering import SPARSE_DECODE, copies_in
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -19,7 +21,7 @@ import bench_sparse_decode as sparse
 import flash_attention
 import report as pages
 from bench_sparse_decode import HEADS_OP, OP, SparseDecode
-from core import cards, peers, plain, report
+from core import cards, launches, peers, plain, report
 from core.results import read
 from core.rounds import Inputs, Programs
 
@@ -364,3 +366,24 @@ def test_a_slow_case_misses_the_gate(tmp_path, capsys):
         out = capsys.readouterr().out
         assert ("h16-d576-8x2048: ratio 0.990 < 1.0" in out) == bool(status)
         assert "sparse_decode: Over 52 cases" in out
+
+
+# -------------------- Its programs
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("kind", ["given", "made"])
+@pytest.mark.parametrize(
+    "case", [SparseDecode(16, 1, 512), SparseDecode(64, 2, 128, 512, d_k=512)], ids=lambda c: c.name
+)
+def test_a_round_of_lists_is_one_graph(case, kind, h200):
+    """All calls are in it, and nothing is copied; hundreds of them compile too."""
+    calls, loops = (case.calls if kind == "given" and case.batch == 1 else 5), 7
+    pool = jax.ShapeDtypeStruct((5000, 64, 1, case.d_k), jnp.bfloat16)
+    programs = Programs(OP, case, pool, calls, loops, sharding=h200)
+    compiled, counts = launches.compile_and_count(programs.lower_round("cuda", kind), loops, {})
+    text = compiled.as_text()
+    assert re.findall(r'"(jax_flashmla_\w+)"', text) == [SPARSE_DECODE] * calls
+    assert not copies_in(text)
+    assert counts[0] == loops
+    assert counts[1] <= 1  # the loop's counter, before it
