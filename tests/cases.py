@@ -1,4 +1,4 @@
-"""Inputs of the decode op, the expected results, and the tolerances."""
+"""Inputs of decode, dense and sparse, the expected results, and the tolerances."""
 
 import dataclasses
 import itertools
@@ -9,6 +9,7 @@ import numpy as np
 
 D_K, D_V = 576, 512
 UNUSED_ENTRY = 2147480000  # in table entries that must not be read
+INT32 = np.iinfo(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Case:
     page: int = 64
     dtype: str = "bfloat16"
     seed: int = 0
+    d_k: int = D_K
 
     def __str__(self):
+        d_k = "" if self.d_k == D_K else f"-d{self.d_k}"
         flags = "".join(f"-{f}" for f in ("varlen", "causal", "zeros") if getattr(self, f))
         return (
             f"b{self.b}-sq{self.s_q}-sk{self.s_k}-hq{self.h_q}-hkv{self.h_kv}{flags}"
-            f"-page{self.page}-{self.dtype}"
+            f"-page{self.page}-{self.dtype}{d_k}"
         )
 
     def lengths(self) -> np.ndarray:
@@ -104,7 +107,7 @@ def make_inputs(case: Case, *, lengths=None, max_blocks=None) -> Inputs:
     if max_blocks is None:
         max_blocks = max(1, int(used.max()))
     pages = rng.permutation(int(used.sum()) + 3)
-    k_cache = random_values(rng, (len(pages), case.page, case.h_kv, D_K), case.dtype)
+    k_cache = random_values(rng, (len(pages), case.page, case.h_kv, case.d_k), case.dtype)
     unused_slots = np.ones(k_cache.shape[:2], bool)
     table = np.full((case.b, max_blocks), UNUSED_ENTRY, np.int32)
     for i, (length, first) in enumerate(zip(lengths, np.cumsum(used) - used, strict=True)):
@@ -113,12 +116,18 @@ def make_inputs(case: Case, *, lengths=None, max_blocks=None) -> Inputs:
         tokens = np.arange(max(length, 0))
         unused_slots[ids[tokens // case.page], tokens % case.page] = False
     k_cache[unused_slots] = np.nan
-    q = random_values(rng, (case.b, case.s_q, case.h_q, D_K), case.dtype)
+    q = random_values(rng, (case.b, case.s_q, case.h_q, case.d_k), case.dtype)
     return Inputs(q, k_cache, table, lengths)
 
 
 def expected_decode(
-    inputs: Inputs, *, d_v=D_V, softmax_scale=None, causal=False, causal_offset=None
+    inputs: Inputs,
+    *,
+    d_v=D_V,
+    softmax_scale=None,
+    causal=False,
+    causal_offset=None,
+    attn_sink=None,
 ):
     """Unpaged attention in float64, sequence by sequence.
 
@@ -150,7 +159,150 @@ def expected_decode(
                 weights = np.exp(scores[s, :seen] - scores[s, :seen].max())
                 out[i, s, head] = weights @ kv[:seen, :d_v] / weights.sum()
                 lse[i, head, s] = scores[s, :seen].max() + np.log(weights.sum())
-    return out, lse
+    return with_sink(out, lse, attn_sink)
+
+
+def with_sink(out, lse, attn_sink):
+    """(out, lse), out multiplied by sigmoid(lse - attn_sink). attn_sink: [h_q] or None."""
+    if attn_sink is None:
+        return out, lse
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = 1 / (1 + np.exp(np.asarray(attn_sink, np.float64)[:, None] - lse))
+    factor = np.where(lse == np.inf, 1, factor).swapaxes(1, 2)[..., None]
+    return out * factor, lse
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseCase:
+    """One call with token lists."""
+
+    b: int
+    s_q: int
+    h_q: int
+    topk: int
+    extra_topk: int = 0
+    d_k: int = D_K
+    page: int = 64
+    extra_page: int = 64
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __str__(self):
+        extra = f"+{self.extra_topk}-page{self.page}-{self.extra_page}" if self.extra_topk else ""
+        return (
+            f"b{self.b}-sq{self.s_q}-hq{self.h_q}-topk{self.topk}{extra or f'-page{self.page}'}"
+            f"-d{self.d_k}-{self.dtype}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseInputs:
+    """The arrays of one call with token lists, as numpy arrays, or None."""
+
+    q: np.ndarray
+    k_cache: np.ndarray
+    indices: np.ndarray
+    topk_length: np.ndarray | None = None
+    extra_k_cache: np.ndarray | None = None
+    extra_indices: np.ndarray | None = None
+    extra_topk_length: np.ndarray | None = None
+    attn_sink: np.ndarray | None = None
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def sequences(self, chosen):
+        """Those at these positions of the batch."""
+        fields = ("q", "indices", "topk_length", "extra_indices", "extra_topk_length")
+        values = {name: getattr(self, name) for name in fields}
+        return self.replace(**{k: v[chosen] for k, v in values.items() if v is not None})
+
+
+def make_sparse_inputs(case: SparseCase, *, lengths=None, extra_lengths=None) -> SparseInputs:
+    """Random inputs with poison in everything that must not be read.
+
+    Every slot that no list names is NaN; the first and the last one are among them. Some entries
+    of a list are outside the pool. Those past its length are any integers, slots of NaN too.
+
+    Args:
+      case: the shapes.
+      lengths, extra_lengths: i32 [b] or [b, s_q] or None, the used entries.
+    """
+    rng = np.random.default_rng(case.seed)
+    q = random_values(rng, (case.b, case.s_q, case.h_q, case.d_k), case.dtype)
+    if lengths is not None:
+        lengths = np.asarray(lengths, np.int32)
+    cache, lists = random_lists(rng, case, case.topk, case.page, lengths)
+    inputs = SparseInputs(q, cache, lists, lengths)
+    if case.extra_topk:
+        if extra_lengths is not None:
+            extra_lengths = np.asarray(extra_lengths, np.int32)
+        cache, lists = random_lists(rng, case, case.extra_topk, case.extra_page, extra_lengths)
+        inputs = inputs.replace(
+            extra_k_cache=cache, extra_indices=lists, extra_topk_length=extra_lengths
+        )
+    return inputs
+
+
+def random_lists(rng, case, topk, page, lengths):
+    """A pool and lists of its slots: (cache, i32 [b, s_q, topk])."""
+    slots = -(-(2 * topk + 130) // page) * page
+    named = 1 + rng.permutation(slots - 2)[: topk + 64]  # by any list
+    lists = rng.choice(named, (case.b, case.s_q, topk))
+    lists = np.where(rng.random(lists.shape) < 0.1, outside(rng, lists.shape, slots), lists)
+    cache = random_values(rng, (slots, case.d_k), case.dtype)
+    used = np.broadcast_to(used_entries(lengths, lists.shape), lists.shape)
+    unused = np.setdiff1d(np.arange(slots), lists[used])
+    cache[unused] = np.nan
+    garbage = rng.choice(unused, lists.shape)
+    garbage = np.where(rng.random(lists.shape) < 0.3, outside(rng, lists.shape, slots), garbage)
+    lists = np.where(used, lists, garbage).astype(np.int32)
+    return cache.reshape(-1, page, 1, case.d_k), lists
+
+
+def outside(rng, shape, slots):
+    """Entries that name no slot of a pool."""
+    return rng.choice([-1, -slots, -123456, INT32.min, slots, slots + 1, INT32.max], shape)
+
+
+def used_entries(lengths, shape):
+    """Which entries of lists of this shape are before their end: bool, broadcasts to it."""
+    b, s_q, topk = shape
+    if lengths is None:
+        return np.ones(shape, bool)
+    return np.arange(topk) < lengths.reshape(b, -1, 1)
+
+
+def expected_sparse_decode(inputs: SparseInputs, *, d_v=D_V, softmax_scale=None):
+    """Attention over lists in float64, query by query.
+
+    Returns:
+      out f64 [b, s_q, h_q, d_v], lse f64 [b, h_q, s_q].
+    """
+    b, s_q, h_q, d_k = inputs.q.shape
+    scale = d_k**-0.5 if softmax_scale is None else softmax_scale
+    lists = [(inputs.k_cache, inputs.indices, inputs.topk_length)]
+    if inputs.extra_k_cache is not None:
+        lists.append((inputs.extra_k_cache, inputs.extra_indices, inputs.extra_topk_length))
+    out = np.zeros((b, s_q, h_q, d_v))
+    lse = np.full((b, h_q, s_q), np.inf)
+    for i, s in np.ndindex(b, s_q):
+        tokens = []
+        for cache, indices, lengths in lists:
+            used = np.broadcast_to(used_entries(lengths, indices.shape), indices.shape)[i, s]
+            slots = indices[i, s][used]
+            rows = cache.reshape(-1, d_k)
+            tokens.append(rows[slots[(slots >= 0) & (slots < len(rows))]])
+        kv = np.concatenate(tokens).astype(np.float64)
+        if not len(kv):
+            continue
+        scores = inputs.q[i, s].astype(np.float64) @ kv.T * scale
+        maximum = scores.max(axis=1)
+        weights = np.exp(scores - maximum[:, None])
+        total = weights.sum(axis=1)
+        out[i, s] = weights @ kv[:, :d_v] / total[:, None]
+        lse[i, :, s] = maximum + np.log(total)
+    return with_sink(out, lse, inputs.attn_sink)
 
 
 def assert_decode_close(actual, expected):

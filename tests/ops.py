@@ -294,9 +294,10 @@ def decode(q, k_cache, block_table, lengths, *, schedule=(None, None), **options
     )
 
 
-def expected_decode(q, k_cache, block_table, lengths, offset=None):
+def expected_decode(q, k_cache, block_table, lengths, offset=None, attn_sink=None):
     inputs = cases.Inputs(q, k_cache, block_table, lengths)
-    return cases.expected_decode(inputs, causal=True, causal_offset=offset)
+    options = {"causal_offset": offset, "attn_sink": attn_sink}
+    return cases.expected_decode(inputs, causal=True, **options)
 
 
 def make_schedule(lengths, **options):
@@ -316,46 +317,6 @@ DECODE_SIZES = {
     "pages": 9, "page": 16, "max_blocks": 4,
 }  # fmt: skip
 DECODE_ATTRIBUTES = ("causal = true", r"softmax_scale = 0\.041666\d+ : f32")  # 576 ** -0.5
-
-
-def with_sink(out, lse, attn_sink):
-    """out times sigmoid(lse - attn_sink); 0 stays 0 where a query sees no token."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        factor = 1 / (1 + np.exp(attn_sink[:, None] - lse.astype(np.float64)))
-    return np.where(np.isinf(lse), 0, factor).swapaxes(1, 2)[..., None] * out, lse
-
-
-def expected_sparse_decode(q, k_cache, indices, *optional):
-    """One query and head at a time, in float64."""
-    names = ("topk_length", "extra_k_cache", "extra_indices", "extra_length", "attn_sink")
-    given = dict(zip(names, optional, strict=False))
-    lists = [(k_cache, indices, given.get("topk_length"))]
-    if "extra_k_cache" in given:
-        lists.append(tuple(given[name] for name in names[1:4]))
-    b, s_q, h_q, d_k = q.shape
-    out, lse = np.zeros((b, s_q, h_q, D_V)), np.full((b, h_q, s_q), np.inf)
-    for i, s in np.ndindex(b, s_q):
-        rows = []
-        for cache, slots, lengths in lists:
-            pool = cache.reshape(-1, d_k)
-            used = slots[i, s] if lengths is None else slots[i, s, : max(lengths[i, s], 0)]
-            rows += [pool[slot].astype(np.float64) for slot in used if 0 <= slot < len(pool)]
-        if rows:
-            scores = q[i, s].astype(np.float64) @ np.stack(rows).T * d_k**-0.5
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            total = weights.sum(axis=1, keepdims=True)
-            out[i, s] = (weights / total) @ np.stack(rows)[:, :D_V]
-            lse[i, :, s] = scores.max(axis=1) + np.log(total[:, 0])
-    return with_sink(out, lse, given["attn_sink"]) if "attn_sink" in given else (out, lse)
-
-
-def sparse_cost(q, k_cache, indices, lengths):
-    """Of lists that share no slot, in a pool that holds them all."""
-    b, s_q, topk = indices.shape
-    k_cache = struct((b * s_q * topk, *k_cache.shape[1:]), k_cache.dtype)
-    indices = np.arange(b * s_q * topk).reshape(indices.shape)
-    return fm.decode_cost(q, k_cache, None, D_V, indices=indices, topk_length=lengths)
-
 
 decode_row = OpRow(
     name="decode",
@@ -418,7 +379,7 @@ sink_row = dataclasses.replace(
     variant=True,
     operands=(*DECODE_OPERANDS, SINK),
     call=lambda *arrays, **options: decode(*arrays[:-1], attn_sink=arrays[-1], **options),
-    expected=lambda *arrays: with_sink(*expected_decode(*arrays[:-1]), arrays[-1]),
+    expected=lambda *arrays: expected_decode(*arrays[:-1], attn_sink=arrays[-1]),
     attributes={SCHEDULE_AND_DECODE: (*DECODE_ATTRIBUTES, "has_attn_sink = true")},
     gaps=decode_row.gaps[-1:],
     cost=None,
@@ -442,6 +403,18 @@ def sparse_decode_of_two_caches(q, k_cache, indices, topk_length, *others, **opt
     names = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length", "attn_sink")
     options |= dict(zip(names, others, strict=True))
     return sparse_decode(q, k_cache, indices, topk_length, **options)
+
+
+def expected_sparse_decode(*arrays):
+    return cases.expected_sparse_decode(cases.SparseInputs(*arrays))
+
+
+def sparse_cost(q, k_cache, indices, lengths):
+    """Of lists that share no slot, in a pool that holds them all."""
+    b, s_q, topk = indices.shape
+    k_cache = struct((b * s_q * topk, *k_cache.shape[1:]), k_cache.dtype)
+    indices = np.arange(b * s_q * topk).reshape(indices.shape)
+    return fm.decode_cost(q, k_cache, None, D_V, indices=indices, topk_length=lengths)
 
 
 def make_list_schedule(lengths):
@@ -617,7 +590,7 @@ merge_sink_row = dataclasses.replace(
     call=lambda *arrays, implementation: fm.merge_attention_states(
         *arrays[:2], attn_sink=arrays[2]
     ),
-    expected=lambda outs, lses, attn_sink: with_sink(*expected_merge(outs, lses), attn_sink),
+    expected=lambda outs, lses, attn_sink: cases.with_sink(*expected_merge(outs, lses), attn_sink),
 )
 
 

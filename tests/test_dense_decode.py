@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import D_K, D_V, UNUSED_ENTRY, Case
-from dense_calls import check, decoded
+from dense_calls import check, decoded, schedule_for
 
 import jax_flashmla as fm
 from jax_flashmla.reference import schedule as reference
@@ -69,6 +69,89 @@ def test_softmax_scale(implementation):
     given = decoded(inputs, implementation, softmax_scale=np.float64(D_K**-0.5))
     for a, b in zip(given, decoded(inputs, implementation), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+SINKS = (np.inf, -np.inf, 0, 5.5, -3, 200, -200, 1e30, -1e30, 1, 2, 3, 4, 6, 7, 8)
+
+
+@pytest.mark.parametrize(("s_q", "h_kv"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("often", [1, 8])
+def test_attn_sink(often, s_q, h_kv, implementation):
+    """It changes out and never lse; +inf gives 0, -inf nothing. Two sequences see no token."""
+    lengths = [900, 0, 70, 1, 0]
+    inputs = cases.make_inputs(Case(5, s_q, 0, 16 * often, h_kv), lengths=lengths, max_blocks=20)
+    inputs.block_table[2, 1] = -1  # a NaN sequence stays so
+    sink = np.tile(np.array(SINKS, np.float32), often)
+    out, lse = check(inputs, implementation, causal=True, attn_sink=jnp.asarray(sink))
+    plain_out, plain_lse = decoded(inputs, implementation, causal=True)
+    cases.assert_bit_equal(lse, plain_lse)
+    for i in (1, 4):
+        assert (out[i] == 0).all()
+        assert (lse[i] == np.inf).all()
+    assert np.isnan(out[2].astype(np.float32)).all()
+    out, plain_out = out[[0, 3]], plain_out[[0, 3]]
+    assert (out[:, :, sink == np.inf] == 0).all()
+    cases.assert_bit_equal(out[:, :, sink <= -200], plain_out[:, :, sink <= -200])
+    changed = (out != plain_out).any(axis=-1)
+    assert changed[0][:, sink >= 0].all()
+
+
+@pytest.mark.parametrize("h_q", [1, 20, 64, 96, 160])
+def test_attn_sink_of_any_number_of_heads(h_q, implementation):
+    inputs = cases.make_inputs(Case(4, 1, 300, h_q, varlen=True))
+    sink = np.linspace(-4, 4, h_q, dtype=np.float32)
+    check(inputs, implementation, attn_sink=jnp.asarray(sink))
+
+
+def test_attn_sink_with_a_given_schedule(implementation):
+    """One, two and more splits, and a sequence that has none."""
+    lengths = [700] * 7 + [0, 64, 2000]
+    inputs = cases.make_inputs(Case(len(lengths), 1, 0, 128), lengths=lengths)
+    sink = jnp.linspace(-4, 4, 128, dtype=jnp.float32)
+    for made_for in (lengths, [64] * len(lengths)):
+        schedule = schedule_for(made_for, inputs, implementation)
+        check(inputs, implementation, schedule=schedule, attn_sink=sink)
+
+
+def test_attn_sink_once_for_all_parts(implementation):
+    """Parts run without a sink, and the merge applies it once."""
+    inputs = cases.make_inputs(Case(3, 2, 0, 16), lengths=[200, 0, 100], max_blocks=4)
+    results = []
+    for first in (0, 128):
+        part = inputs.replace(
+            block_table=inputs.block_table[:, first // 64 :],
+            cache_seqlens=np.clip(inputs.cache_seqlens - first, 0, 128).astype(np.int32),
+        )
+        results.append(decoded(part, implementation))
+    outs, lses = (np.stack(x) for x in zip(*results, strict=True))
+    sink = np.array(SINKS, np.float32)
+    actual = fm.merge_attention_states(outs, lses, attn_sink=sink)
+    cases.assert_decode_close(actual, cases.expected_decode(inputs, attn_sink=sink))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("h_q", [3, 16, 64, 128])
+def test_head_dim_512(h_q, dtype, implementation):
+    """K without rope: K and V are the same columns."""
+    case = Case(6, 2, 300, h_q, varlen=True, causal=True, d_k=512, dtype=dtype)
+    inputs = cases.make_inputs(case)
+    check(inputs, implementation, causal=True)
+    sink = jnp.linspace(-4, 4, h_q, dtype=jnp.float32)
+    check(inputs, implementation, causal=True, attn_sink=sink)
+
+
+@pytest.mark.parametrize("page", [16, 128])
+def test_head_dim_512_of_split_and_empty_sequences(page, implementation):
+    lengths = [3000, 0, 1, 64, 65, 129]
+    case = Case(len(lengths), 1, 0, 128, page=page, d_k=512)
+    inputs = cases.make_inputs(case, lengths=lengths)
+    out, lse = check(inputs, implementation)
+    assert (out[1] == 0).all()
+    assert (lse[1] == np.inf).all()
+
+
+def test_head_dim_512_of_two_kv_heads(implementation):
+    check(cases.make_inputs(Case(3, 2, 200, 8, 2, varlen=True, d_k=512)), implementation)
 
 
 def test_lse_is_natural_logarithm(implementation):
@@ -263,7 +346,7 @@ def test_more_queries_than_tokens(h_q, implementation):
     assert np.isfinite(lse[0, :, 5]).all()
 
 
-INT32 = np.iinfo(np.int32)
+INT32 = cases.INT32
 
 OFFSETS = (0, 1, 3, 4, -1, -60, -65, -129, -130, -131, 1000, -1000, INT32.max, INT32.min)
 

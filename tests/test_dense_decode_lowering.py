@@ -1,5 +1,6 @@
 """The dense decode op in programs for a GPU: text, and scratch memory once compiled."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -81,6 +82,41 @@ def test_causal_offset_text(given, target, count, s_q):
     assert operands[-1] == "4xi32"
     (names,) = re.findall(r"^\((.*?)\)", line)
     assert names.split(", ")[-1] == "%arg4"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_attn_sink_text(given, offset):
+    """It is the last operand, with an attribute that calls without a sink do not have."""
+
+    def f(sink, *args):
+        schedule = fm.get_mla_metadata(args[3], 16, 1) if given else (None, None)
+        causal = {"causal": True, "causal_offset": args[4]} if offset else {}
+        return decode(*args[:4], schedule=schedule, attn_sink=sink, **causal)
+
+    structs = *decode_structs(), *([struct((4,), jnp.int32)] if offset else [])
+    target = DECODE if given else SCHEDULE_AND_DECODE
+    without = custom_calls(text_for_cuda(lambda *args: f(None, *args), *structs))
+    assert "has_attn_sink" not in without[target][0]
+    (line,) = custom_calls(text_for_cuda(f, struct((16,), jnp.float32), *structs))[target]
+    assert "has_attn_sink = true" in line
+    operands, earlier = (
+        re.findall(r"tensor<(\S+)>", text.split(" : ")[-1].split(" -> ")[0])
+        for text in (line, without[target][0])
+    )
+    assert operands == [*earlier, "1x16xf32"]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_without_rope_columns():
+    """The kernel also takes d_k 512."""
+    structs = decode_structs(d_k=512)
+    calls = custom_calls(text_for_cuda(functools.partial(decode, implementation="cuda"), *structs))
+    (line,) = calls[SCHEDULE_AND_DECODE]
+    operands, results = line.split(" : ")[-1].split(" -> ")
+    assert re.findall(r"tensor<(\S+)>", operands)[:2] == ["4x1x16x512xbf16", "100x64x1x512xbf16"]
+    assert re.findall(r"tensor<(\S+)>", results)[0] == "4x1x16x512xbf16"
 
 
 @pytest.mark.usefixtures("kernels")

@@ -120,7 +120,7 @@ def test_schedule_of_other_lengths(fixed, planned, actual, implementation):
     check(inputs, implementation, schedule=schedule_for(planned, inputs, implementation, **options))
 
 
-INT32 = np.iinfo(np.int32)
+INT32 = cases.INT32
 
 ROOM = 1100
 """Enough columns of a block table for two row tiles to share their pages in a cluster."""

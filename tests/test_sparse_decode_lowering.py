@@ -98,17 +98,18 @@ def test_text(extra, sink, given, s_q, d_k):
 
 
 @pytest.mark.usefixtures("kernels")
-def test_lengths_go_to_the_kernel_as_they_are():
-    """It clamps them: a call has no other operation than reshapes."""
+@pytest.mark.parametrize("extra", [False, True])
+def test_lengths_for_the_schedule_of_the_call(extra):
+    """Without an extra list they are topk_length as it is: the call makes nothing but reshapes."""
     arrays = structs_of(2, 576)
-    for name in EXTRA:
+    for name in () if extra else EXTRA:
         del arrays[name]
     text = text_for_cuda(sparse_call(False), arrays)
     found = set(re.findall(r"stablehlo\.(\w+)", text))
-    assert found <= {"custom_call", "reshape", "broadcast_in_dim"}, found
     (line,) = custom_calls(text)[SPARSE_DECODE]
     (names,) = re.findall(r"^\((.*?)\)", line)
-    assert names.split(", ")[3] == names.split(", ")[-1]
+    assert (names.split(", ")[3] == names.split(", ")[-1]) == (not extra)
+    assert (found <= {"custom_call", "reshape", "broadcast_in_dim"}) == (not extra)
 
 
 @pytest.mark.usefixtures("kernels")
