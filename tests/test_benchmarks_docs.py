@@ -91,16 +91,17 @@ def test_the_readme_quotes_what_a_schedule_costs():
 def test_the_readme_quotes_the_model():
     quoted = re.search(
         r"(\d+) sequences of (\d+) tokens, a step of the whole model takes (\S+) ms; with "
-        r"the reference it takes (\S+) ms",
+        r"(the reference|plain JAX) it takes (\S+) ms",
         text_of("README.md"),
     )
-    batch, context, *times = quoted.groups()
+    batch, context, ours, baseline, theirs = quoted.groups()
+    form = {"the reference": "xla", "plain JAX": "plain"}[baseline]
 
     def both(name):
         rows = {row["case"]: row for row in rows_of(name, "model", "step")}
-        return [f"{rows[f'{form} {batch} x {context}']['ms']:.1f}" for form in ("cuda", "xla")]
+        return [f"{rows[f'{name} {batch} x {context}']['ms']:.1f}" for name in ("cuda", form)]
 
-    assert times == both("h200_model")
+    assert [ours, theirs] == both("h200_model")
     assert "on an H100 [{} and {} ms]".format(*both("h100_model")) in text_of("README.md")
 
 
@@ -129,8 +130,10 @@ def test_the_pages_show_figures_and_their_sections():
         text = (ROOT / f"docs/performance{'' if name == 'h200' else '_' + name}.md").read_text()
         for row in rows_of(name):
             assert f"| {OP.label(row)} | {row['us']:.1f} | {row['of_floor']:.0%} |" in text
+        plain = any("plain_us" in row for row in rows_of(name))
         for title in (
-            "### Under sustained load", "### Beside the reference", "### A step of 61 layers",
+            "### Under sustained load", "### A step of 61 layers",
+            "### Beside plain JAX" if plain else "### Beside the reference",
             "### fp16 and page sizes", "### Splits of a fixed size",
             "### Growth with batch and length", "## In a whole model", "### Reading a prompt",
             "### The attention of a prompt's chunk",

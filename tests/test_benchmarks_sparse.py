@@ -1,6 +1,7 @@
 """The benchmark of sparse decode: its cases, peer, goals and report; it runs on the CPU."""
 
 import dataclasses
+import gc
 import json
 import pathlib
 import re
@@ -256,7 +257,14 @@ def test_sparse_decode_runs(tmp_path, capsys):
     def run():
         return sparse.bench.main(OP, "Sparse", options, sections=sparse.SECTIONS, suffix="_sparse")
 
-    assert run() == 0
+    before = jax.live_arrays()
+    gc.disable()
+    try:
+        assert run() == 0
+        left = [array for array in jax.live_arrays() if not any(array is old for old in before)]
+    finally:
+        gc.enable()
+    assert not left  # the next pool needs the memory at once
     assert "other heads, time over that of the next of 64 and 128: " in capsys.readouterr().out
     data = read(path)
     assert data["errors"] == []
