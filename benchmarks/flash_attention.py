@@ -33,8 +33,8 @@ class FlashAttention(Peer):
         arrays = pool.reshape(-1, 1, 1, pool.shape[-1]), counts, starts, zero
         splits = [i for i in NUM_SPLITS if i <= 1 or (64 * i <= tokens and n * i <= 1024)]
         return peers.fastest_round({
-            f"num_splits {i}": peers.graph_round(
-                functools.partial(self._prepare, case, i), arrays, inputs
+            f"num_splits {i}": functools.partial(
+                peers.graph_round, functools.partial(self._prepare, case, i), arrays, inputs
             )
             for i in splits
         })  # fmt: skip

@@ -182,7 +182,8 @@ def test_a_round_that_was_chosen_tells_its_label(tmp_path):
         def prepare(self, *args):
             round_, results = super().prepare(*args)
             slow = dataclasses.replace(round_, enqueue=lambda: (time.sleep(0.01), round_.enqueue()))
-            return peers.fastest_round({"slow": (slow, None), "fast": (round_, results)})
+            makers = {"none": lambda: 1 / 0, "slow": lambda: (slow, None)}
+            return peers.fastest_round(makers | {"fast": lambda: (round_, results)})
 
     def call(way, pool, scale, own):
         return scale * pool[own[0]].mean(0) + own[1], jnp.int32(len(own[0]))
@@ -192,6 +193,8 @@ def test_a_round_that_was_chosen_tells_its_label(tmp_path):
     assert run(op, path, "--cases", "6x8") == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert row["peer"] == "Toy library, fast"
+    with pytest.raises(RuntimeError, match="none of a, b works"):
+        peers.fastest_round(dict.fromkeys("ab", lambda: 1 / 0))
 
 
 def test_a_run_goes_on_where_it_was_stopped(toy_results, tmp_path, capsys):
