@@ -279,8 +279,8 @@ def test_sparse_decode_runs(tmp_path, capsys):
         assert row["rel_err"] < 5e-3
         assert row["lse_err"] < 1e-4
     (row,) = heads
-    assert (row["h_q"], "dense_us" in row, "plain_us" in row) == (3, False, False)
-    assert row["next_us"] > 0
+    assert row["h_q"] == 3
+    assert {"next_us", "dense_us", "plain_us"} & row.keys() == {"next_us"}
     assert run() == 0
     assert "0 cases to measure" in capsys.readouterr().out
     assert read(path)["rows"] == data["rows"]
