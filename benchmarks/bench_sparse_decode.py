@@ -260,7 +260,7 @@ SECTIONS = {"table": bench.table, "heads": run_heads, "goals": print_goals}
 
 ABOUT = """
 `flash_mla_with_kvcache` with `indices`: each query attends to a list of tokens of its own, drawn at
-random from a pool of 5 GB; "128+512" is a list and an extra list. d_v is 512. "+ schedule" is a
+random from a pool of 5 GB; "128 + 512" is a list and an extra list. d_v is 512. "+ schedule" is a
 call that makes its own schedule. The peer is {peer}, with pages of one token, its metadata made
 beforehand and the best of several numbers of splits; an extra list is joined to the list
 beforehand. "dense us" is our dense kernel over as many tokens in pages of 64, "fixed us" ours with

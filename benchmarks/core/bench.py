@@ -80,7 +80,8 @@ class Bench:
         self.pool = jax.block_until_ready(drawn)
         self.compiler = Compiler()
         self.beside = {}
-        for column, (other, change) in ({} if alone else op.beside).items():
+        others = {} if alone or self.options.profile else op.beside
+        for column, (other, change) in others.items():
             changed = [found for case in cases if (found := change(case)) is not None]
             if changed:
                 self.beside[column] = (
