@@ -68,8 +68,7 @@ def flash_mla_with_kvcache(
 
     Lengths, tables and indices may be traced values. Wrong values in them, which only the device
     can see, never cause a read out of bounds. If a sequence is longer than its table, or needs a
-    page id outside the pool, all of its out and softmax_lse is NaN. An index outside the pool is a
-    token that the query does not see. A negative length counts as 0.
+    page id outside the pool, all of its out and softmax_lse is NaN. A negative length counts as 0.
 
     Args:
       q: [b, s_q, h_q, d_k], bf16, fp16 or f32.
@@ -91,14 +90,14 @@ def flash_mla_with_kvcache(
         token j if j < cache_seqlens and j <= cache_seqlens - s_q + i + causal_offset. Use it if the
         cache holds only a run of each sequence's tokens and the queries come later than its end.
         Any int32 is valid.
-      indices: i32 [b, s_q, topk], the slots that each query attends to: page_id * page_block_size +
-        offset, in any order. Of those outside the pool, such as -1, nothing is seen or read. A slot
-        that is named twice counts twice.
-      topk_length: i32 [b] or [b, s_q], default topk: only so many entries of a list count, those
-        after them may hold anything. Clamped to 0..topk.
-      attn_sink: f32 [h_q], a score that each head has besides those of its tokens, after
-        softmax_scale and without a value: out is multiplied by sigmoid(softmax_lse - attn_sink).
-        +inf makes out 0, -inf changes nothing. softmax_lse is without it.
+      indices: i32 [b, s_q, topk], the slots that each query attends to, in any order: page_id *
+        page_block_size + offset. Entries outside the pool, such as -1, are masked and never read. A
+        slot that is named twice counts twice.
+      topk_length: i32 [b] or [b, s_q], default topk: the used entries of each list, clamped to
+        0..topk. Entries after them may hold anything.
+      attn_sink: f32 [h_q], one more score for each head, with 0 as its value, in the units of
+        softmax_lse: out is multiplied by sigmoid(softmax_lse - attn_sink). +inf makes out 0, -inf
+        changes nothing. softmax_lse is without it.
       extra_k_cache: [num_blocks2, page_block_size2, 1, d_k] in q's dtype, a second cache, such as
         one of compressed tokens. One softmax goes over the tokens of both lists.
       extra_indices_in_kvcache: i32 [b, s_q, extra_topk], slots of extra_k_cache.
@@ -115,8 +114,8 @@ def flash_mla_with_kvcache(
       TypeError, ValueError: an argument is not as described.
       NotImplementedError: implementation is "cuda" and there is no kernel for this machine, shape
         or dtype; or the program is partitioned over devices outside jax.shard_map; or an array is
-        unreduced or reduced over a mesh axis; or vmap maps a cache and indices, and int32 cannot
-        hold the slots of all its caches.
+        unreduced or reduced over a mesh axis; or int32 cannot hold the slots of all caches that
+        vmap maps, with indices.
 
     Example:
       >>> import jax.numpy as jnp, jax_flashmla as fm

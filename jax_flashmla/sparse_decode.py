@@ -99,9 +99,9 @@ def get_sparse_seqlens(
 def to_local_slots(indices: jax.Array, first: int | jax.Array, count: int) -> jax.Array:
     """The slots of a token list inside a run of the pool; -1 for those outside.
 
-    For a cache that is cut over devices: each device attends to its own tokens of the lists, and
-    `merge_attention_states_across` puts the results together. It may leave gaps of -1 in the
-    lists, so keep topk_length as it is.
+    For a cache that is cut over devices: each device attends to the listed tokens that it holds,
+    and `merge_attention_states_across` merges the results. Entries keep their places, so
+    topk_length stays as it is.
 
     Args:
       indices: i32, any shape: slots of the whole pool. Invalid ones, such as -1, stay so.
@@ -128,7 +128,7 @@ def to_local_slots(indices: jax.Array, first: int | jax.Array, count: int) -> ja
         first = jnp.int32(static_int("first", first, minimum=0))
     first = int32_array("first", first, "")
     count = static_int("count", count)
-    local = indices - first  # negative if it overflows: then `first` is, and the slot is far off
+    local = indices - first  # If it overflows, it is negative, and the slot is far past the run.
     return jnp.where((indices >= 0) & (local >= 0) & (local < count), local, -1)
 
 

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_flashmla import _ffi, _op
+from jax_flashmla.reference import _attention
 
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of several devices
 
@@ -50,6 +51,18 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def set_chunks(monkeypatch):
+    """To change how the references cut their work into chunks."""
+
+    def change(chunk_bytes, min_tokens, max_tokens):
+        monkeypatch.setattr(_attention, "_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(_attention, "_MIN_CHUNK_TOKENS", min_tokens)
+        monkeypatch.setattr(_attention, "_MAX_CHUNK_TOKENS", max_tokens)
+
+    return change
 
 
 class Machine:

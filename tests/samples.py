@@ -6,9 +6,11 @@ integers. Then the results mean nothing, and only the addresses are checked.
 
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sparse_calls
 from cases import D_K, D_V, UNUSED_ENTRY, random_arrays
 
 import jax_flashmla as fm
@@ -99,61 +101,31 @@ def sparse_sample(
     h_q,
     *,
     s_q=1,
-    topk=128,
-    d_k=D_K,
-    page=64,
-    dtype=jnp.bfloat16,
-    extra=0,
+    topk,
+    extra_lengths=None,
+    extra_topk=0,
     sink=False,
-    garbage=False,
     implementation,
+    garbage=False,
+    **options,
 ):
-    """Decodes lists of these lengths, whose last quarter of the pool is NaN and never named.
+    """Decodes lists of these lengths; see `cases.make_sparse_inputs` for the poison around them.
 
-    Some entries are outside the pool. With `extra` there is a second cache and a list of so many
-    entries a query. With `garbage` the schedules are random integers.
+    With `garbage` the schedules are random integers, and the results mean nothing.
     """
     rng = np.random.default_rng(0)
-    b = len(lengths)
-
-    def pool_and_lists(page, topk):
-        slots = max(2 * topk, 8 * page) // page * page
-        pool = rng.standard_normal((slots, d_k), np.float32)
-        pool[slots * 3 // 4 :] = np.nan
-        lists = rng.integers(0, slots * 3 // 4, (b, s_q, topk))
-        outside = rng.choice([-1, slots, 2**31 - 1, -(2**31)], lists.shape)
-        lists = np.where(rng.random(lists.shape) < 0.1, outside, lists)
-        return jnp.asarray(pool.reshape(-1, page, 1, d_k), dtype), jnp.asarray(lists, jnp.int32)
-
-    q = jnp.asarray(rng.standard_normal((b, s_q, h_q, d_k)), dtype)
-    k_cache, indices = pool_and_lists(page, topk)
-    topk_length = jnp.asarray(lengths, jnp.int32)
-    options = {"indices": indices, "topk_length": topk_length}
+    case = cases.SparseCase(len(lengths), s_q, h_q, topk, extra_topk, **options)
+    inputs = cases.make_sparse_inputs(case, lengths=lengths, extra_lengths=extra_lengths)
     if sink:
-        options["attn_sink"] = jnp.asarray(rng.standard_normal(h_q), jnp.float32)
-    extra_indices = None
-    if extra:
-        options["extra_k_cache"], extra_indices = pool_and_lists(2, extra)
-        options["extra_indices_in_kvcache"] = extra_indices
-    schedule = fm.get_mla_metadata(
-        fm.get_sparse_seqlens(indices, topk_length, extra_indices),
-        h_q,
-        1,
-        implementation=implementation,
-    )
-
-    def decode(*given):
-        return fm.flash_mla_with_kvcache(
-            q, k_cache, None, None, D_V, *given, implementation=implementation, **options
-        )
-
+        inputs = inputs.replace(attn_sink=rng.standard_normal(h_q).astype(np.float32))
+    schedule = sparse_calls.schedule_for(inputs, implementation)
     if garbage:
-        for most in (b * s_q + 3, 2**31):
-            jax.block_until_ready(decode(*random_arrays(rng, schedule, most)))
+        for most in (len(lengths) * s_q + 3, 2**31):
+            given = random_arrays(rng, schedule, most)
+            sparse_calls.decoded(inputs, implementation, schedule=given)
         return
-    for given in ((), schedule):  # made by the call, and given
-        for x in decode(*given):
-            assert not np.isnan(np.asarray(x.astype(jnp.float32))).any()
+    for given in ((None, None), schedule):  # made by the call, and given
+        sparse_calls.check(inputs, implementation, schedule=given)
 
 
 def sparse(lengths, h_q, **options):
@@ -161,12 +133,15 @@ def sparse(lengths, h_q, **options):
 
 
 SPARSE_DECODE = (
-    sparse([128, 70, 0], 16),
-    sparse([133, 1, 64], 6, s_q=2, topk=133, page=1, sink=True, dtype=jnp.float16),
-    sparse([300, 0, -4, 2000], 128, topk=700, extra=65, sink=True),
-    sparse([512, 30], 64, topk=512, d_k=512, page=48, extra=128),
+    sparse([128, 70, 0], 16, topk=128),
+    sparse([133, 1, 64], 6, s_q=2, topk=133, page=1, sink=True, dtype="float16"),
+    sparse([[300, 3], [0, 64], [-4, 2000]], 128, s_q=2, topk=700, extra_topk=65, sink=True),
+    sparse([512, 30, 0], 64, topk=512, d_k=512, page=48, extra_topk=128, extra_page=2),
+    sparse([70, 0], 8, topk=70, d_k=512, extra_topk=900, extra_lengths=[0, 900], sink=True),
     sparse([2048], 8, topk=2051, d_k=512),
     sparse([40] * 400, 20, s_q=2, topk=64),  # more lists in a block than it plans ahead
-    sparse([512] * 66, 16, topk=512),  # two splits each
-    sparse([700] * 20 + [0, 64, 2000], 96, topk=2000),  # one, two and more splits
+    sparse([512] * 66, 16, topk=512),  # two splits each, which decode joins
+    sparse([512] * 66, 128, topk=512, d_k=512),
+    sparse([700] * 20 + [0, 64, 2000], 128, topk=2000, sink=True),  # one, two and more splits
+    sparse([3000, 100], 160, topk=3000),  # many splits
 )
