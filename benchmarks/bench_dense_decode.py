@@ -10,10 +10,11 @@ README.md beside this file says how FlashMLA is found, and by which rules the ti
 
 import dataclasses
 import sys
+from typing import ClassVar
 
 import jax
 import numpy as np
-from core import bench, check, peers
+from core import bench, check, peers, plain
 from core.inputs import DTYPES, PagedDecode, random_pool
 from core.op import Op, Peer
 
@@ -26,25 +27,27 @@ HEAD_DIM_K, HEAD_DIM_V = 576, 512
 class DenseDecode(PagedDecode):
     """Queries of h_q heads over one KV head."""
 
+    d_k: ClassVar[int] = HEAD_DIM_K
+
     def flops(self):
-        return 2 * self.h_q * self.s_q * sum(self.lengths()) * (HEAD_DIM_K + HEAD_DIM_V)
+        return 2 * self.h_q * self.s_q * sum(self.lengths()) * (self.d_k + HEAD_DIM_V)
 
     def token_bytes(self):
-        return 2 * sum(self.lengths()) * HEAD_DIM_K
+        return 2 * sum(self.lengths()) * self.d_k
 
     def moved_bytes(self):
         """The cache and the queries are read, the results are written."""
         rows = self.batch * self.s_q * self.h_q
-        return self.token_bytes() + 2 * rows * (HEAD_DIM_K + HEAD_DIM_V)
+        return self.token_bytes() + 2 * rows * (self.d_k + HEAD_DIM_V)
 
 
 def make_pool(cases, calls):
     needs = [(case.pages() * case.page_block_size, calls(case)) for case in cases]
-    return random_pool(needs, cases[0].page_block_size, HEAD_DIM_K, DTYPES[cases[0].dtype])
+    return random_pool(needs, cases[0].page_block_size, cases[0].d_k, DTYPES[cases[0].dtype])
 
 
 def draw_queries(case, key):
-    shape = case.batch, case.s_q, case.h_q, HEAD_DIM_K
+    shape = case.batch, case.s_q, case.h_q, case.d_k
     return jax.random.normal(key, shape, DTYPES[case.dtype])
 
 
@@ -68,9 +71,14 @@ def check_results(case, pool, lengths, own, found, sample=None):
         picked = np.linspace(0, case.batch - 1, sample).astype(int)
         lengths, own, found = jax.tree.map(lambda x: x[picked], (lengths, own, found))
     table, q = own
-    scale = HEAD_DIM_K**-0.5
+    scale = case.d_k**-0.5
     expected = check.attend_paged(q, pool, table, lengths, HEAD_DIM_V, scale, case.causal)
     return check.compare(expected, found, rel_err=check.relative, lse_err=check.largest_difference)
+
+
+def call_plain(case, pool, lengths, own):
+    table, q = own
+    return plain.attend_paged(q, pool, table, lengths, HEAD_DIM_V, case.d_k**-0.5, case.causal)
 
 
 class FlashMLA(Peer):
@@ -86,7 +94,7 @@ class FlashMLA(Peer):
     def prepare(self, case, way, pool, lengths, owns):
         def prepare(arrays, first):
             def run(one, schedule, splits):
-                (pool, lengths), (table, q), scale = arrays, one, HEAD_DIM_K**-0.5
+                (pool, lengths), (table, q), scale = arrays, one, case.d_k**-0.5
                 return self._op(q, pool, HEAD_DIM_V, lengths, table, scale, case.causal, schedule,
                                 splits, None)  # fmt: skip
 
@@ -133,6 +141,7 @@ OP = Op(
     check=check_results, limits={"rel_err": 1e-2, "lse_err": 1e-3},
     peers=[lambda options: None if options.smoke else FlashMLA(options)],
     pool_key=lambda case: (case.dtype, case.page_block_size), baseline=BASELINE,
+    plain=call_plain,
     is_sustained=lambda c: c.h_q * c.s_q >= 128 and c.batch >= 64 and c.mean_len >= 4096,
     labels="batch x length", label=label_of, heading=heading_of,
 )  # fmt: skip

@@ -7,9 +7,10 @@
 step: the decoder's own loop on the device, greedy, a token of each sequence a step. The cache is
 full of random numbers and the lengths are set: the time does not depend on how they came there.
 Every sequence has pages of its own, in random order. A step is timed with our kernels ("cuda"),
-with the reference ("xla"), and without attention ("without": its result is the first
+with plain JAX ("plain": core/plain.py), and without attention ("without": its result is the first
 columns of the query). What attention costs is the difference. Lengths are traced, and the block
-table is that of the longest context that fits: so each form of a batch size is one program.
+table is that of the longest context that fits: so each form of a batch size is one program. Plain
+JAX reads the whole table, so each context has a program of its own, and a table that just fits.
 prefill: a prompt is read in chunks of several sizes, by the program that Decoder.prefill runs.
 
 All programs are compiled first, some at a time, and before there is a cache. What the budget leaves
@@ -31,7 +32,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from core import report
+from core import plain, report
 from core.run import Run, parse, parser_of
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
@@ -53,7 +54,7 @@ class Form:
     """A way to run attention in a step."""
 
     name: str
-    implementation: str  # of the ops
+    implementation: str  # of the other ops, and of attention in the form "cuda"
     steps: int  # of a burst
     bursts: int
 
@@ -70,7 +71,7 @@ class Plan:
 
 
 def full_plan():
-    forms = Form("cuda", "auto", 32, 5), Form("without", "auto", 32, 5), Form("xla", "xla", 2, 2)
+    forms = Form("cuda", "auto", 32, 5), Form("without", "auto", 32, 5), Form("plain", "auto", 2, 2)
     return Plan(
         ModelConfig.named(NAME), batches=(1, 32, 128), contexts=(1024, 8192, 32768), forms=forms,
         prompt=4096, chunks=(64, 256, 512), dtype="bfloat16",
@@ -82,7 +83,7 @@ def smoke_plan():
         ModelConfig.named(NAME, layers=2), vocab=256, width=64, heads=2, mlp_width=64,
         expert_width=32, experts=8,
     )  # fmt: skip
-    forms = Form("cuda", "xla", 2, 1), Form("without", "xla", 2, 1), Form("xla", "xla", 1, 1)
+    forms = Form("cuda", "xla", 2, 1), Form("without", "xla", 2, 1), Form("plain", "xla", 1, 1)
     return Plan(tiny, (1, 2), (64, 128), forms, prompt=64, chunks=(16, 32), dtype="float32")
 
 
@@ -112,13 +113,14 @@ def step_figures(plan, params, limit):
     for batch, form in itertools.product(plan.batches, plan.forms):
         sizes = {context: cache_bytes(plan, batch, context) for context in plan.contexts}
         fitting = [c for c, size in sizes.items() if bytes_of(params) + size + WORKSPACE <= limit]
-        longest = max(fitting, default=0)
-        lower = functools.partial(lower_form, plan, params, form, batch, longest)
         for context, size in sizes.items():
+            longest = context if form.name == "plain" else max(fitting, default=0)
+            lower = functools.partial(lower_form, plan, params, form, batch, longest)
             yield Figure(
                 "step", f"{form.name} {batch} x {context}",
                 {"form": form.name, "batch": batch, "context": context, "cache_bytes": size},
-                (batch, longest), (form.name, batch), lower if context in fitting else None,
+                (batch, longest), (form.name, batch, longest),
+                lower if context in fitting else None,
                 functools.partial(measure_form, params, form, batch, context),
             )  # fmt: skip
 
@@ -164,9 +166,19 @@ def without_attention(q, k_cache, block_table, cache_seqlens, head_dim_v, *args,
     return q[..., :head_dim_v], None
 
 
+def plain_attention(
+    q, k_cache, block_table, cache_seqlens, head_dim_v, *schedule, softmax_scale, causal,
+    implementation,
+):  # fmt: skip
+    return plain.attend_paged(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal
+    )
+
+
 def lower_form(plan, params, form, batch, longest):
     decoder = Decoder(params, plan.config, implementation=form.implementation)
-    attention = without_attention if form.name == "without" else model.flash_mla_with_kvcache
+    others = {"without": without_attention, "plain": plain_attention}
+    attention = others.get(form.name, model.flash_mla_with_kvcache)
     with mock.patch.object(model, "flash_mla_with_kvcache", attention):
         lowered = decoder.program(form.steps).lower(params, abstract_state(plan, batch, longest))
     has_kernels = "jax_flashmla_dense_decode" in lowered.as_text()
@@ -342,8 +354,13 @@ def peak(line):
 STEP = """
 `python benchmarks/bench_model.py`: examples/deepseek with random weights of DeepSeek-V2-Lite's
 dimensions ({gigabytes:.1f} GB in bfloat16). A greedy step of the whole model is compared with a
-step whose attention is the reference. Share of attention: how much shorter the step is without
+step whose attention is {baseline}. Share of attention: how much shorter the step is without
 attention. Peak GB: the most memory in use up to then."""
+
+BASELINES = {
+    "plain": "plain JAX (gathered tokens, two einsums that sum in float32, a softmax)",
+    "xla": "the reference",
+}
 
 PREFILL = """
 The same model reads a single prompt of random tokens in chunks. Each chunk is a step with that many
@@ -354,18 +371,22 @@ def report_on(page, results):
     """The part of docs/performance.md on a whole model."""
     if not results:
         return
+    lines = by_shape(report.of(results["rows"], OP_NAME, "step"))
+    # Files of older commits have the reference in place of plain JAX.
+    form = "plain" if any("plain" in line for line in lines) else "xla"
+    name = {"plain": "plain JAX", "xla": "reference"}[form]
+    gigabytes, baseline = results["weights_bytes"] / 1e9, BASELINES[form]
     page.section(
-        "In a whole model", STEP.format(gigabytes=results["weights_bytes"] / 1e9),
-        by_shape(report.of(results["rows"], OP_NAME, "step")),
+        "In a whole model", STEP.format(gigabytes=gigabytes, baseline=baseline), lines,
         [
             ("batch x context", lambda line: f"{line['batch']} x {line['context']}", ""),
             ("cache GB", lambda line: line["cache_bytes"] / 1e9, ".1f"),
             ("ms a step", lambda line: time_of(line.get("cuda", {}), 2), ""),
             ("tokens/s", lambda line: line.get("cuda", {}).get("tokens_per_s"), ".0f"),
             ("share of attention", lambda line: attention_share(line, "cuda"), ".0%"),
-            ("reference: ms a step", lambda line: time_of(line.get("xla", {}), 2), ""),
-            ("share", lambda line: attention_share(line, "xla"), ".0%"),
-            ("times", lambda line: quotient(line, "xla", "cuda"), ".1f"),
+            (f"{name}: ms a step", lambda line: time_of(line.get(form, {}), 2), ""),
+            ("share", lambda line: attention_share(line, form), ".0%"),
+            ("times", lambda line: quotient(line, form, "cuda"), ".1f"),
             ("peak GB", peak, ".1f"),
         ],
         level=2,

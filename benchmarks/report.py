@@ -4,7 +4,8 @@
     python benchmarks/report.py --card h100   docs/performance_h100.md
     python benchmarks/report.py --gate        what keeps the results from passing; status 1 if any
 
-The gate is that no case of an op in GATED is slower than its peer in the same run.
+The gate is that no case of an op in GATED is slower than its peer in the same run. The README's
+table of sparse decode is written too, between two comments there.
 """
 
 import argparse
@@ -16,10 +17,13 @@ import bench_chunk_attention
 import bench_dense_decode
 import bench_dense_sections
 import bench_model
+import bench_sparse_decode
 from core import cards, report, results
 
-GATED = [bench_dense_decode.OP]
-MAIN_CARD = "h200"
+GATED = {"": bench_dense_decode.OP, "_sparse": bench_sparse_decode.OP}  # by the file's suffix
+MAIN_CARD, CARDS = "h200", ("h200", "h100")
+README_BEGIN, README_END = "<!-- sparse decode, by benchmarks/report.py -->\n", "<!-- end -->\n"
+README_HEADS = (8, 16, 64, 128)
 
 INTRO = """
 Drawn by `python benchmarks/report.py --card {name}`: {device}, commit `{commit}`.
@@ -42,8 +46,68 @@ products {matmul_bf16_tflops} TFLOP/s (PyTorch).
 """
 
 
-def page_of(name, data, model, docs):
+HEADS = """
+Beside the same call with the next of 64 and 128 heads."""
+
+README = """
+Sparse decode on one {card} at commit `{commit}`: microseconds a call (floor / time, {peer}'s
+time / ours). d_k is 576; with an extra list, "128 + 1024", it is 512. {summary}
+"""
+
+
+def sparse_section(page, rows, plot):
+    op = bench_sparse_decode.OP
+    report.decode_section(page, op, "Sparse decode", bench_sparse_decode.ABOUT, rows, plot)
+    page.section(
+        "Other numbers of heads", HEADS, report.of(rows, op.name, "heads"),
+        [
+            ("heads", "h_q", ""), (op.labels, op.label, ""), ("us", "us", ".1f"),
+            ("us of the next", "next_us", ".1f"), ("peer us", "peer_us", ".1f"),
+            ("ratio", "ratio", ".2f"), ("rel. error", "rel_err", ".1e"),
+        ],
+    )  # fmt: skip
+
+
+def readme_table(data):
+    """The README's part on sparse decode on a card: a line a shape, a column a number of heads."""
+    op = bench_sparse_decode.OP
+    rows = [row for row in report.of(data["rows"], op.name, "table") if row["ratio"]]
+    shown = {
+        (op.label(row), row["h_q"]): row
+        for row in rows
+        if row["topk"] == 2048 or row["extra_topk"] == 1024
+    }
+    lines = dict.fromkeys(label for label, _ in shown)
+
+    def cell(heads):
+        def text(label):
+            row = shown.get((label, heads))
+            return row and f"{row['us']:.1f} ({row['of_floor']:.0%}, {row['ratio']:.2f}x)"
+
+        return text
+
+    columns = [(op.labels, str, ""), *((f"h_q {h}", cell(h), "") for h in README_HEADS)]
+    text = README.format(
+        card=cards.card_of(data["device"]).name, commit=", ".join({r["commit"]: "" for r in rows}),
+        peer=rows[0]["peer"].split(" (")[0], summary=report.summary(rows),
+    )  # fmt: skip
+    return f"{report.wrapped(text)}\n\n{report.markdown(lines, columns)}\n"
+
+
+def write_readme(path, results_of):
+    """Between the two comments in the README, the table of the first card that has results."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = [data for name in CARDS if (data := results_of(name, "_sparse"))]
+    if README_BEGIN in text and found:
+        head, rest = text.split(README_BEGIN)
+        tail = rest.split(README_END, 1)[1]
+        table = readme_table(found[0])
+        path.write_text(f"{head}{README_BEGIN}{table}{README_END}{tail}", encoding="utf-8")
+
+
+def page_of(name, results_of, docs):
     """The page of a card; its plots are written to `docs`."""
+    data, model, sparse = (results_of(name, suffix) for suffix in ("", "_model", "_sparse"))
     tail = "" if name == MAIN_CARD else f"_{name}"
     card = cards.card_of(data["device"])
     stamps = collections.Counter((row["commit"], row["jax"]) for row in data["rows"])
@@ -60,15 +124,18 @@ def page_of(name, data, model, docs):
         docs / f"speed{tail}.svg",
     )  # fmt: skip
     bench_dense_sections.report_on(page, data["rows"], docs / f"growth{tail}.svg")
+    sparse_section(page, sparse.get("rows", []), docs / f"sparse_speed{tail}.svg")
     bench_model.report_on(page, model)
     report.op_tables(page, bench_chunk_attention.OP, data["rows"], bench_chunk_attention.ABOUT)
     return page
 
 
-def print_gate(data):
-    """Prints the verdict; returns whether every op passes."""
+def print_gate(name, results_of):
+    """Prints the verdict; returns whether every op that has results passes."""
     failures = []
-    for op in GATED:
+    for suffix, op in GATED.items():
+        if not (data := results_of(name, suffix)):
+            continue
         failures += report.gate_failures(op, data)
         print(f"{op.name}: {report.summary(report.of(data['rows'], op.name, 'table'))}")
     print(*failures, sep="\n")
@@ -83,12 +150,16 @@ def main(argv=None):
     parser.add_argument("--docs", type=pathlib.Path, default=cards.FOLDER.parent.parent / "docs")
     parser.add_argument("--gate", action="store_true")
     options = parser.parse_args(argv)
-    path, model = (options.results / f"{options.card}{tail}.json" for tail in ("", "_model"))
-    data = results.read(path)
+
+    def results_of(name, suffix):
+        path = options.results / f"{name}{suffix}.json"
+        return results.read(path) if path.exists() or not suffix else {}
+
     if options.gate:
-        return 0 if print_gate(data) else 1
+        return 0 if print_gate(options.card, results_of) else 1
     options.docs.mkdir(parents=True, exist_ok=True)
-    page = page_of(options.card, data, results.read(model) if model.exists() else {}, options.docs)
+    page = page_of(options.card, results_of, options.docs)
+    write_readme(options.docs.parent / "README.md", results_of)
     tail = "" if options.card == MAIN_CARD else f"_{options.card}"
     written = options.docs / f"performance{tail}.md"
     written.write_text(str(page), encoding="utf-8")

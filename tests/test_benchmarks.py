@@ -1,6 +1,5 @@
 """The clients of the benchmarks' core: their cases, programs and results; they run on the CPU."""
 
-import contextlib
 import dataclasses
 import gc
 import json
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_torch import FakeTorch
 from lowering import DECODE, SCHEDULE_AND_DECODE, copies_in
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -270,7 +270,8 @@ def test_dense_decode_runs(dense_results):
         assert row.keys() >= {
             "op", "dtype", "page_block_size", "h_q", "s_q", "batch", "mean_len", "varlen", "us",
             "us_with_schedule", "floor_us", "of_floor", "peer", "peer_us", "ratio", "rel_err",
-            "lse_err", "jax_us", "sustained_us", "sustained_mhz", "sustained_watts", "host_bound",
+            "lse_err", "jax_us", "plain_us", "sustained_us", "sustained_mhz", "sustained_watts",
+            "host_bound",
         }  # fmt: skip
     assert [row["form"] for row in found["layers"]] == list(sections.FORMS)
     variants = [(row["dtype"], row["page_block_size"]) for row in found["variants"]]
@@ -289,7 +290,7 @@ def test_dense_decode_is_reported(dense_results, tmp_path):
     text = (tmp_path / "performance_cpu.md").read_text()
     assert "| 2 x 100 |" in text
     for title in (
-        "Under sustained load", "Beside the reference", "A step of 2 layers", "fp16 and page sizes",
+        "Under sustained load", "Beside plain JAX", "A step of 2 layers", "fp16 and page sizes",
         "Splits of a fixed size", "Growth with batch and length",
     ):  # fmt: skip
         assert f"\n### {title}\n" in text
@@ -441,7 +442,7 @@ def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, capsys):
     steps = {row["case"]: row for row in report.of(data["rows"], "model", "step")}
     assert list(steps) == [
         f"{form} {batch} x {n}"
-        for batch in (1, 2) for form in ("cuda", "without", "xla") for n in (64, 128)
+        for batch in (1, 2) for form in ("cuda", "without", "plain") for n in (64, 128)
     ]  # fmt: skip
     for row in steps.values():
         assert row["cache_bytes"] == row["batch"] * row["context"] * 2 * 576 * 4
@@ -455,10 +456,13 @@ def test_the_benchmark_of_a_model_runs_and_is_reported(tmp_path, capsys):
     assert "0 programs" in capsys.readouterr().out  # all is measured
     page = report.Page("CPU", "", "abc")
     bench_model.report_on(page, data)
-    cuda, without, xla = (steps[f"{form} 1 x 128"]["ms"] for form in ("cuda", "without", "xla"))
+    forms = "cuda", "without", "plain"
+    cuda, without, plain = (steps[f"{form} 1 x 128"]["ms"] for form in forms)
     tokens = steps["cuda 1 x 128"]["tokens_per_s"]
-    line = f"| 1 x 128 | 0.0 | {cuda:.2f} | {tokens:.0f} | {1 - without / cuda:.0%} | {xla:.2f} | "
-    assert f"{line}{1 - without / xla:.0%} | {xla / cuda:.1f} |" in str(page)
+    line = (
+        f"| 1 x 128 | 0.0 | {cuda:.2f} | {tokens:.0f} | {1 - without / cuda:.0%} | {plain:.2f} | "
+    )
+    assert f"{line}{1 - without / plain:.0%} | {plain / cuda:.1f} |" in str(page)
     assert f"| 64 | 32 | {prompts[1]['ms']:.1f} | {prompts[1]['tokens_per_s']:.0f} |" in str(page)
 
 
@@ -500,7 +504,7 @@ def test_figures_of_a_model_that_cannot_be_measured(model_run, monkeypatch):
     found = {row["case"]: row.get("why", row.get("ms")) for row in model_run.results.rows}
     assert found == {
         "cuda 1 x 64": 2.0, "cuda 1 x 128": "out of memory", "without 1 x 64": 2.0,
-        "without 1 x 128": 2.0, "xla 1 x 64": 2.0, "xla 1 x 128": 2.0, "cuda 2 x 64": 2.0,
+        "without 1 x 128": 2.0, "plain 1 x 64": 2.0, "plain 1 x 128": 2.0, "cuda 2 x 64": 2.0,
         "cuda 2 x 128": "does not fit",
     }  # fmt: skip
     page = report.Page("CPU", "", "abc")
@@ -526,75 +530,26 @@ def test_unknown_sections_are_refused(capsys):
     assert "not prompts" in capsys.readouterr().err
 
 
-def test_the_reference_is_timed_at_every_batch():
+def test_plain_jax_is_timed_at_every_batch():
     plan = bench_model.full_plan()
     cases = [figure.case for figure in bench_model.step_figures(plan, {}, math.inf)]
     assert cases == [
-        f"{form} {batch} x {n}" for batch in (1, 32, 128) for form in ("cuda", "without", "xla")
+        f"{form} {batch} x {n}" for batch in (1, 32, 128) for form in ("cuda", "without", "plain")
         for n in (1024, 8192, 32768)
     ]  # fmt: skip
 
 
+def test_plain_jax_has_a_table_of_its_own_context():
+    """It reads all of the table; the kernel reads what is there."""
+    figures = list(bench_model.step_figures(bench_model.full_plan(), {}, 120e9))
+    tables = {figure.case: figure.state for figure in figures if figure.lower is not None}
+    for n in (1024, 8192, 32768):
+        assert tables[f"cuda 32 x {n}"] == (32, 32768)
+        assert tables[f"plain 32 x {n}"] == (32, n)
+    assert len({figure.program for figure in figures if figure.columns["form"] == "plain"}) == 9
+
+
 # -------------------- FlashMLA, with a fake PyTorch
-
-
-class Tensor(np.ndarray):
-    def fill_(self, value):
-        self[...] = value
-
-    def contiguous(self):
-        return self
-
-    def clone(self, memory_format):
-        return self.copy()
-
-
-class FakeCuda:
-    """Streams do nothing; a graph runs its calls again."""
-
-    contiguous_format = "contiguous"
-
-    def __init__(self, op):
-        self.op, self.captured, self.calls = op, None, []
-        self.cuda = self
-        self.ops = types.SimpleNamespace(
-            load_library=lambda path: None,
-            _flashmla_C=types.SimpleNamespace(dense_decode_fwd=self.call),
-        )
-
-    def from_dlpack(self, array):
-        return np.asarray(array).view(Tensor)
-
-    def call(self, *args):
-        out, lse = (np.array(x).view(Tensor) for x in self.op(*args))
-        self.calls.append(args)
-        if self.captured is not None:
-            self.captured.append((args, out, lse))
-        schedule, splits = args[-3:-1]
-        return out, lse, "schedule" if schedule is None else schedule, splits or "splits"
-
-    def replay(self):
-        for args, out, lse in self.captured:
-            out[...], lse[...] = self.op(*args)
-
-    def CUDAGraph(self):
-        return self
-
-    def Stream(self):
-        return "side"
-
-    def synchronize(self):
-        pass
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        yield
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"  # JAX may compile meanwhile
-        self.captured, self.calls = [], []
-        yield
 
 
 def test_flashmla_is_replayed_from_a_graph(monkeypatch, tmp_path):
@@ -607,10 +562,11 @@ def test_flashmla_is_replayed_from_a_graph(monkeypatch, tmp_path):
 
     def op(q, pool, d_v, lengths, table, scale, causal, schedule, splits, _):
         assert (d_v, scale, causal) == (512, 576**-0.5, True)
-        return dense.call(case, "xla", *map(jnp.asarray, (pool, lengths)), None,
-                          (jnp.asarray(table), jnp.asarray(q)))  # fmt: skip
+        results = dense.call(case, "xla", *map(jnp.asarray, (pool, lengths)), None,
+                             (jnp.asarray(table), jnp.asarray(q)))  # fmt: skip
+        return *results, schedule or "schedule", splits or "splits"
 
-    torch = FakeCuda(op)
+    torch = FakeTorch({"_flashmla_C": {"dense_decode_fwd": op}})
     monkeypatch.setitem(sys.modules, "torch", torch)
     library = tmp_path / "vllm" / "_flashmla_C.abi3.so"
     library.parent.mkdir()
@@ -622,15 +578,17 @@ def test_flashmla_is_replayed_from_a_graph(monkeypatch, tmp_path):
     assert peer.ways(dataclasses.replace(case, page_block_size=16)) is None
     assert peer.ways(case) == [""]
     round_, results = peer.prepare(case, "", pool, inputs.shared, owns)
-    assert round_.calls == len(torch.calls) == calls
-    assert all(args[-3:-1] == ("schedule", "splits") for args in torch.calls)
+    (graph,) = torch.graphs
+    assert round_.calls == len(graph.calls) == calls
+    assert all(args[-3:-1] == ("schedule", "splits") for _, args, _ in graph.calls)
     for own, result in zip(owns, results, strict=True):  # as of a replay, not of the capture
         errors = dense.check_results(case, pool, inputs.shared, own, [result])
         assert errors["rel_err"][0] < 1e-5
         assert errors["lse_err"][0] < 1e-5
-    torch.captured[0][1][...] = np.nan
+    out = graph.calls[0][2][0]
+    out[...] = np.nan
     round_.enqueue()
-    assert not np.isnan(torch.captured[0][1]).any()
+    assert not np.isnan(out).any()
 
 
 def test_a_peer_that_does_not_load_is_left_out(monkeypatch, capsys):

@@ -85,6 +85,22 @@ def toy_other(options):
     )
 
 
+def toy_plain(case, pool, scale, own):
+    return toy_call(case, "plain", pool, scale, None, own)
+
+
+# Another op of the same pool, which has no fewer than 6 rows.
+BESIDE = Op(
+    "toy of more rows", cases=[], smoke=[], pool=None, lists=toy_lists, check=toy_check,
+    draw=lambda case, key: jax.random.normal(key, (case.width,)), call=toy_call,
+    limits={"rel_err": 1e-5, "count_err": 0.0},
+)  # fmt: skip
+
+
+def with_more_rows(case):
+    return dataclasses.replace(case, count=case.count + 2) if case.width == 8 else None
+
+
 TOY = Op(
     "toy",
     cases=[Rows(4), Rows(6), Rows(4, 16)],
@@ -99,6 +115,8 @@ TOY = Op(
     limits={"rel_err": 1e-5, "count_err": 0.0},
     pool_key=lambda case: case.width,
     baseline=[Rows(4)],
+    plain=toy_plain,
+    beside={"more_us": (BESIDE, with_more_rows)},
     is_sustained=lambda case: case.count == 6,
     heading=lambda row: f"rows of {row['width']}",
 )
@@ -125,7 +143,9 @@ def test_an_op_that_is_new_is_timed_and_checked(toy_results):
         assert row["floor_us"] == round(case.floor_us(), 2)
         assert row["rel_err"] < 1e-5
         assert row["count_err"] == row["peer_rel_err"] * 0
-        assert {"us", "us_with_schedule", "spread", "host_us", "jax_us", "sustained_us"} <= set(row)
+        assert {"us", "us_with_schedule", "spread", "host_us", "jax_us", "plain_us",
+                "sustained_us"} <= set(row)  # fmt: skip
+        assert ("more_us" in row) == (row["width"] == 8)
     assert data["errors"] == []
 
 
@@ -137,6 +157,44 @@ def test_the_fastest_way_of_a_peer_counts(toy_results):
         assert not {"peer_broken_us", "peer_wrong_us"} & row.keys()
         assert 0 < row["other_us"] < row["peer_slow_us"]
         assert row["ratio"] == pytest.approx(row["peer_us"] / row["us"], rel=2e-3, abs=2e-2)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_another_op_beside_is_checked(wrong, tmp_path, capsys):
+    """With its own inputs and limits. A wrong one has no column, and the row stays."""
+
+    def call(case, *args):
+        out, count = toy_call(case, *args)
+        return out.at[0].add(wrong), count
+
+    beside = {"more_us": (dataclasses.replace(BESIDE, call=call), with_more_rows)}
+    op = dataclasses.replace(TOY, beside=beside, peers=[])
+    path = tmp_path / "toy.json"
+    assert run(op, path, "--cases", "4x8") == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert ("more_us" in row) != wrong
+    assert row["rel_err"] < 1e-5
+    assert ("more_us, 4x8: ValueError: wrong results: rel_err" in capsys.readouterr().out) == wrong
+
+
+def test_a_round_that_was_chosen_tells_its_label(tmp_path):
+    class Chosen(peers.JaxPeer):
+        def prepare(self, *args):
+            round_, results = super().prepare(*args)
+            slow = dataclasses.replace(round_, enqueue=lambda: (time.sleep(0.01), round_.enqueue()))
+            makers = {"none": lambda: 1 / 0, "slow": lambda: (slow, None)}
+            return peers.fastest_round(makers | {"fast": lambda: (round_, results)})
+
+    def call(way, pool, scale, own):
+        return scale * pool[own[0]].mean(0) + own[1], jnp.int32(len(own[0]))
+
+    op = dataclasses.replace(TOY, peers=[lambda options: Chosen("Toy library", call)])
+    path = tmp_path / "toy.json"
+    assert run(op, path, "--cases", "6x8") == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["peer"] == "Toy library, fast"
+    with pytest.raises(RuntimeError, match="none of a, b works"):
+        peers.fastest_round(dict.fromkeys("ab", lambda: 1 / 0))
 
 
 def test_a_run_goes_on_where_it_was_stopped(toy_results, tmp_path, capsys):
@@ -207,7 +265,8 @@ def test_an_op_that_is_new_is_reported(toy_results):
     us, peer = f"{rows[0]['us']:.1f}", f"{rows[0]['peer_us']:.1f}"
     assert f"| 4x8 | {us} | " in text
     assert f"| {peer} | {rows[0]['peer_slow_us']:.1f} | {peer} |" in text
-    for title in ("rows of 16", "Under sustained load", "Beside the reference"):
+    assert f"| {rows[0]['more_us']:.1f} | {peer} | {rows[0]['peer_slow_us']:.1f} |" in text
+    for title in ("rows of 16", "Under sustained load", "Beside plain JAX"):
         assert f"\n### {title}\n" in text
     assert "Measured at commit" not in text
     page = report.Page("CPU", "A page.", "another")
@@ -276,6 +335,17 @@ def test_a_card_has_its_floors_and_its_file():
     assert reads.floor_us(cards.card_of("another")) == reads.floor_us(cards.H200)
 
 
+def test_small_calls_need_many():
+    """So that those of a round name what the L2 cannot hold, as far as the case allows it."""
+    assert Rows(10**4).calls == 64
+
+    class Many(Rows):
+        max_calls = 2000
+
+    assert Many(10**4).calls == np.ceil(300e6 / (4 * 8 * 10**4))
+    assert "max_calls" not in Many(10**4).row()
+
+
 def test_a_loop_waits_for_the_last_turn():
     """So that XLA cannot move calls out of it; the results are those of one turn."""
     case, pool = TOY.cases[0], TOY.pool(TOY.cases, None)
@@ -310,6 +380,19 @@ def test_page_tables_share_no_page_while_the_pool_lasts():
 def test_a_pool_too_small_for_a_call_raises():
     with pytest.raises(ValueError, match="a call needs 30 pages, the pool has 7"):
         inputs.page_tables([640] * 3, 64, 10, 7, 1)
+
+
+def test_attention_to_rows_is_that_to_their_tokens():
+    rng = np.random.default_rng(0)
+    q, rows = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 2, 8), (40, 8)))
+    slots, seen = rng.integers(40, size=(6, 10)), rng.random((6, 10)) < 0.7
+    out, lse = check.attend_rows(q, rows, jnp.asarray(slots), jnp.asarray(seen), 5, 0.3)
+    for i in range(6):
+        scores = 0.3 * np.asarray(q[i], np.float64) @ np.asarray(rows)[slots[i][seen[i]]].T
+        total = np.exp(scores).sum(-1, keepdims=True)
+        expected = np.exp(scores) / total @ np.asarray(rows)[slots[i][seen[i]], :5]
+        np.testing.assert_allclose(out[i], expected, atol=1e-5)
+        np.testing.assert_allclose(lse[i], np.log(total[:, 0]), atol=1e-5)
 
 
 @pytest.mark.parametrize("s", [1, 3])
@@ -391,6 +474,7 @@ def test_a_library_is_found_and_its_version(tmp_path, monkeypatch):
     assert peers.version_of(library, "0.26.0") == "vllm 0.26.0"
     (tmp_path / "vllm-0.33.0.dist-info").mkdir()
     assert peers.version_of(library) == "vllm 0.33.0"
+    assert peers.version_of(library.parent / "part" / "_part_C.abi3.so") == "vllm 0.33.0"
     monkeypatch.delenv("SOME_SO")
     with pytest.raises(FileNotFoundError, match="set SOME_SO or install vllm"):
         peers.find_library(library.name, "SOME_SO")

@@ -44,7 +44,8 @@ def test_the_readme_quotes_the_cases():
     }
     (head,) = re.findall(r"^\| batch x length \|(.*)\|$", readme, re.MULTILINE)
     columns = [re.fullmatch(r" h_q (\d+)(?:, s_q (\d+))? ", cell) for cell in head.split("|")]
-    lines = re.findall(r"^\| (\d+) x (\d+)( varlen)? \|(.*)\|$", readme, re.MULTILINE)
+    table = readme.split("| batch x length |")[1].split("\n\n")[0]
+    lines = re.findall(r"^\| (\d+) x (\d+)( varlen)? \|(.*)\|$", table, re.MULTILINE)
     assert len(lines) >= 5
     for batch, length, varlen, cells in lines:
         for column, cell in zip(columns, cells.split("|"), strict=True):
@@ -90,16 +91,17 @@ def test_the_readme_quotes_what_a_schedule_costs():
 def test_the_readme_quotes_the_model():
     quoted = re.search(
         r"(\d+) sequences of (\d+) tokens, a step of the whole model takes (\S+) ms; with "
-        r"the reference it takes (\S+) ms",
+        r"(the reference|plain JAX) it takes (\S+) ms",
         text_of("README.md"),
     )
-    batch, context, *times = quoted.groups()
+    batch, context, ours, baseline, theirs = quoted.groups()
+    form = {"the reference": "xla", "plain JAX": "plain"}[baseline]
 
     def both(name):
         rows = {row["case"]: row for row in rows_of(name, "model", "step")}
-        return [f"{rows[f'{form} {batch} x {context}']['ms']:.1f}" for form in ("cuda", "xla")]
+        return [f"{rows[f'{name} {batch} x {context}']['ms']:.1f}" for name in ("cuda", form)]
 
-    assert times == both("h200_model")
+    assert [ours, theirs] == both("h200_model")
     assert "on an H100 [{} and {} ms]".format(*both("h100_model")) in text_of("README.md")
 
 
@@ -107,10 +109,20 @@ def test_the_readme_quotes_the_model():
 def test_the_pages_are_of_their_results(card, tmp_path):
     pages.main(["--card", card, "--docs", str(tmp_path)])
     written = list(tmp_path.iterdir())
-    assert len(written) == 3
+    has_sparse = (BENCHMARKS / f"results/{card}_sparse.json").exists()
+    assert len(written) == (4 if has_sparse else 3)
     for path in written:
         assert (ROOT / "docs" / path.name).read_text() == path.read_text()
         assert path.suffix != ".svg" or path.stat().st_size < 30_000
+
+
+def test_the_readme_has_the_tables_of_sparse_decode(tmp_path):
+    """As the report writes them, from the cards that have results."""
+    (tmp_path / "docs").mkdir()
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    pages.main(["--docs", str(tmp_path / "docs")])
+    assert copy.read_text() == (ROOT / "README.md").read_text()
 
 
 def test_the_pages_show_figures_and_their_sections():
@@ -118,8 +130,10 @@ def test_the_pages_show_figures_and_their_sections():
         text = (ROOT / f"docs/performance{'' if name == 'h200' else '_' + name}.md").read_text()
         for row in rows_of(name):
             assert f"| {OP.label(row)} | {row['us']:.1f} | {row['of_floor']:.0%} |" in text
+        plain = any("plain_us" in row for row in rows_of(name))
         for title in (
-            "### Under sustained load", "### Beside the reference", "### A step of 61 layers",
+            "### Under sustained load", "### A step of 61 layers",
+            "### Beside plain JAX" if plain else "### Beside the reference",
             "### fp16 and page sizes", "### Splits of a fixed size",
             "### Growth with batch and length", "## In a whole model", "### Reading a prompt",
             "### The attention of a prompt's chunk",

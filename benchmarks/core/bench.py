@@ -56,9 +56,9 @@ class Bench:
 
     def __init__(
         self, op, cases, run, machine, *, alone=False, sets_checked=None, max_round_us=math.inf,
-        repeats=None, rest=None,
+        repeats=None, rest=None, pool=None,
     ):  # fmt: skip
-        """Draws the pool.
+        """Draws the pool, if there is none yet.
 
         Args:
           op, cases: an Op, and some of its cases that have one pool key.
@@ -68,6 +68,7 @@ class Bench:
           sets_checked: how many calls of a round are checked; None: all.
           max_round_us: a round has fewer calls where this would be passed at the floor.
           repeats, rest: of a timing, instead of the run's.
+          pool: that of another Bench.
         """
         self.op, self.cases, self.options, self.machine = op, cases, run.options, machine
         self.kinds = ("given",) if alone or op.prepare is None else ("given", "made")
@@ -75,8 +76,18 @@ class Bench:
         self.alone, self.peers = alone, [] if alone else machine.peers
         self.repeats = repeats or self.options.repeats
         self.rest = self.options.rest if rest is None else rest
-        self.pool = jax.block_until_ready(op.pool(cases, self.calls))
+        drawn = op.pool(cases, self.calls) if pool is None else pool
+        self.pool = jax.block_until_ready(drawn)
         self.compiler = Compiler()
+        self.beside = {}
+        others = {} if alone or self.options.profile else op.beside
+        for column, (other, change) in others.items():
+            changed = [found for case in cases if (found := change(case)) is not None]
+            if changed:
+                self.beside[column] = (
+                    change,
+                    Bench(other, changed, run, machine, alone=True, pool=self.pool),
+                )
 
     def calls(self, case):
         if self.options.smoke:
@@ -101,6 +112,14 @@ class Bench:
 
     def compile(self):
         """Starts all compilations, then waits for them."""
+        benches = [self, *(bench for _, bench in self.beside.values())]
+        for bench in benches:
+            bench.submit()
+        for bench in benches:
+            bench.compiler.wait()
+
+    def submit(self):
+        """Starts the compilations of its own cases."""
         implementation, submit = self.options.implementation, self.compiler.submit
         for case in self.cases:
             key = case.shape_key
@@ -117,20 +136,21 @@ class Bench:
                 if self.op.prepare is not None:
                     submit((key, "prepare-xla"), programs.prepare, "xla")
                 submit((key, "xla"), programs.round, "xla", "given", BASELINE_CALLS)
-        self.compiler.wait()
+                if self.op.plain is not None:
+                    submit((key, "plain"), programs.round, "plain", "made", BASELINE_CALLS)
 
     def inputs(self, case):
         draw = self.compiler[case.shape_key, "draw"]
         return Inputs(self.op, case, draw, self.pool, self.calls(case))
 
     def op_round(self, case, inputs, kind):
-        """Our round of a kind; "xla" is that of the baseline."""
+        """Our round of a kind; "xla" and "plain" are those of the baselines."""
         key, prepared = case.shape_key, None
         calls, loops = self.calls(case), self.loops(case)
-        if kind != "made" and self.op.prepare is not None:
+        if kind not in ("made", "plain") and self.op.prepare is not None:
             prepare = "prepare-xla" if kind == "xla" else "prepare"
             prepared = self.compiler[key, prepare](inputs.shared)
-        if kind == "xla":
+        if kind in ("xla", "plain"):
             calls, loops = BASELINE_CALLS, 1
         return OpRound(self.compiler[key, kind], inputs, prepared, calls, loops)
 
@@ -147,7 +167,7 @@ class Bench:
         return {name: np.max([one[name] for one in found], axis=0).tolist() for name in found[0]}
 
     def prepared(self, case, inputs):
-        """{name: Timed}: ours by kind, then each way of each peer that works."""
+        """{name: Timed}: ours by kind, each way of each peer that works, other ops beside it."""
         found = {}
         for kind in self.kinds:
             ours = self.op_round(case, inputs, kind)
@@ -157,8 +177,25 @@ class Bench:
             arguments = case, way, inputs.pool, inputs.shared, inputs.owns
             prepared = attempt(functools.partial(peer.prepare, *arguments), f"{name}, {case.name}")
             if prepared is not None:
-                found[name] = Timed(*prepared, way, peer.column)
+                label = prepared[0].label
+                found[f"{name}, {label}" if label else name] = Timed(*prepared, way, peer.column)
+        for column, (change, bench) in self.beside.items():
+            if (other := change(case)) is not None:
+                what = f"{column}, {case.name}"
+                timed = attempt(functools.partial(bench.as_column, other), what)
+                found |= {} if timed is None else {column: timed._replace(column=column)}
         return found
+
+    def as_column(self, case):
+        """A round that is timed beside another op; its results are checked here."""
+        inputs = self.inputs(case)
+        ours = self.op_round(case, inputs, "given")
+        ours.round.enqueue()
+        ours.round.wait()
+        errors = {name: one[0] for name, one in self.check(case, inputs, [ours.results]).items()}
+        if wrong := self.op.wrong(errors):
+            raise ValueError(f"wrong results: {wrong}")
+        return Timed(ours.round, ours.results, "")
 
     def measure(self, case):
         """{the case's name: its result row}."""
@@ -166,16 +203,18 @@ class Bench:
         timed = self.prepared(case, inputs)
         rounds = {name: each.round for name, each in timed.items()}
         times = self.times(rounds, sm_clock=self.machine.meter.sm_clock)
-        results = [each.results for each in timed.values()]
+        results = [each.results for each in timed.values() if each.column is None]
         missing = len(self.kinds) + len(self.ways(case)) - len(results)
         found = self.check(case, inputs, results + missing * results[:1])  # it takes that many
-        errors = {name: dict(zip(timed, found[name], strict=False)) for name in found}
+        checked = [name for name, each in timed.items() if each.column is None]
+        errors = {name: dict(zip(checked, found[name], strict=False)) for name in found}
         row = self.row(case, times, errors)
         right = [n for n, e in errors["rel_err"].items() if e <= self.op.limits["rel_err"]]
         row |= peer_columns(row["us"], timed, times, errors["rel_err"], right)
         if self.has_baseline(case):
-            baseline = self.op_round(case, inputs, "xla").round
-            row["jax_us"] = round(self.times({"xla": baseline}, repeats=3)["xla"].us, 1)
+            kinds = {"jax_us": "xla"} | ({} if self.op.plain is None else {"plain_us": "plain"})
+            slow = {name: self.op_round(case, inputs, k).round for name, k in kinds.items()}
+            row |= {name: round(t.us, 1) for name, t in self.times(slow, repeats=3).items()}
         return {case.name: row | self.sustained(case, rounds, times, row["peer"])}
 
     def row(self, case, times, errors):

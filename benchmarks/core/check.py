@@ -68,6 +68,24 @@ def attend(q, tokens, steps, d_v, scale):
     return out, jnp.where(total > 0, top + jnp.log(total), jnp.inf).T
 
 
+def attend_rows(q, rows, slots, seen, d_v, scale):
+    """`attend` of each query over the rows that it names.
+
+    Args:
+      q: [n, h, d]. rows: [m, d]. slots, seen: [n, t], the rows, and which of them count.
+
+    Returns:
+      out [n, h, d_v], lse [n, h].
+    """
+
+    def one_query(one):
+        q, slots, seen = one
+        out, lse = attend(q[None], lambda _: (rows[slots], seen[None]), 1, d_v, scale)
+        return out[0], lse[:, 0]
+
+    return jax.lax.map(one_query, (q, slots, seen), batch_size=math.gcd(len(q), 4))
+
+
 def attend_paged(q, pool, table, lengths, d_v, scale, causal):
     """`attend` of every sequence over a paged cache: out [b, s, h, d_v], lse [b, h, s]."""
     page, d_k = pool.shape[1], pool.shape[-1]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 from core import cards
 
@@ -11,7 +12,7 @@ from core import cards
 MIN_BYTES_IN_ALL = 300e6
 # What one timed round must last, so that the host has time to dispatch the next one.
 MIN_ROUND_US = 400.0
-MIN_CALLS, MAX_CALLS = 8, 64
+MIN_CALLS = 8
 # Python takes up to 15 us a call to dispatch a round. A short one runs several times in a loop.
 MIN_DISPATCH_US, MAX_LOOPS = 60.0, 8
 
@@ -21,8 +22,11 @@ class Case:
 
     A subclass is a frozen dataclass whose fields are the columns that name the shape. It has a
     `name` and says `flops()`, `moved_bytes()` (all that a call must read and write) and
-    `token_bytes()` (what of it are tokens, which the L2 must not serve).
+    `token_bytes()` (what of it are tokens, which the L2 must not serve). Calls with few tokens need
+    a larger `max_calls`, so that those of a round name MIN_BYTES_IN_ALL.
     """
+
+    max_calls: ClassVar[int] = 64
 
     @property
     def shape_key(self):
@@ -44,7 +48,7 @@ class Case:
         """How many calls, each on inputs of its own, make one timed round."""
         key = self.shape_key
         calls = max(MIN_BYTES_IN_ALL / key.token_bytes(), MIN_ROUND_US / max(key.floor_us(), 6.0))
-        return min(max(math.ceil(calls), MIN_CALLS), MAX_CALLS)
+        return min(max(math.ceil(calls), MIN_CALLS), self.max_calls)
 
     @functools.cached_property
     def loops(self):
@@ -81,7 +85,11 @@ class Op:
       peers: functions (options) -> a Peer, or None if it is not installed.
       limits: the largest error of each column.
       pool_key: cases with the same key share a pool.
-      baseline: the cases that are timed with implementation="xla" too.
+      baseline: the cases that are timed with implementation="xla" and with `plain` too.
+      plain: (case, pool, shared, own) -> a tuple of results. The program that a user of JAX would
+        write without this library, whose sums are in float32 and whose inputs stay as they are.
+      beside: {column: (another Op, which reads the same pool; case -> its case, or None)}: calls
+        that are timed in turns with ours and fill a column.
       is_sustained: whether the card's power limits a case, so that it is timed under sustained
         load too.
       label, heading: of a row, what its line and its table are called in the report.
@@ -102,6 +110,8 @@ class Op:
     limits: Mapping = dataclasses.field(default_factory=lambda: {"rel_err": 1e-2})
     pool_key: Callable = lambda case: None
     baseline: Sequence = ()
+    plain: Callable | None = None
+    beside: Mapping = dataclasses.field(default_factory=dict)
     is_sustained: Callable | None = None
     label: Callable = lambda row: row["case"]
     heading: Callable = lambda row: row["op"]

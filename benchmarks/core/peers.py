@@ -1,5 +1,6 @@
 """How a peer is found, and how its calls become a round: one CUDA graph of PyTorch, or a jit."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -8,8 +9,9 @@ import pathlib
 import jax
 
 from core.op import Peer
+from core.power import attempt
 from core.rounds import DonatedRound, poison
-from core.timing import Round
+from core.timing import Round, time_rounds
 
 
 def find_library(name, variable):
@@ -28,7 +30,9 @@ def find_library(name, variable):
 
 def version_of(path, given=None):
     """Such as "vllm 0.26.0": as given, or as the wheel's metadata beside its folder says."""
-    folders = [folder.name for folder in path.parent.parent.glob("vllm-*.dist-info")]
+    folders = [
+        folder.name for above in path.parents[:3] for folder in above.glob("vllm-*.dist-info")
+    ]
     found = given or (folders[0].removesuffix(".dist-info").split("-")[1] if folders else None)
     return f"vllm {found or 'of unknown version'}"
 
@@ -40,6 +44,30 @@ def load_flashmla(options):
 
     torch.ops.load_library(str(path))
     return torch.ops._flashmla_C, f"FlashMLA ({version_of(path, options.vllm)})"
+
+
+def load_flash_attention(options):
+    """(FlashAttention-3's functions in PyTorch, what rows call it)."""
+    path = find_library("vllm_flash_attn/_vllm_fa3_C.abi3.so", "FA3_SO")
+    import torch
+
+    torch.ops.load_library(str(path))
+    return torch.ops._vllm_fa3_C, f"FlashAttention-3 ({version_of(path, options.vllm)})"
+
+
+def fastest_round(makers):
+    """Of {label: () -> (a Round, its results)} the fastest in a short timing. It takes its label.
+
+    One that raises is left out.
+    """
+    made = {label: attempt(make, label) for label, make in makers.items()}
+    rounds = {label: found for label, found in made.items() if found is not None}
+    if not rounds:
+        raise RuntimeError(f"none of {', '.join(makers)} works")
+    times = time_rounds({label: one for label, (one, _) in rounds.items()}, repeats=2, seconds=2e-3)
+    label = min(times, key=lambda label: times[label].us)
+    round_, results = rounds[label]
+    return dataclasses.replace(round_, label=label), results
 
 
 def graph_round(prepare, arrays, inputs):

@@ -42,10 +42,10 @@ class Svg:
 
 
 # Light to dark with the number of heads.
-HEAD_COLORS = {16: "#9ecae1", 32: "#4292c6", 64: "#08519c", 128: "#081d58"}
+HEAD_COLORS = {8: "#c6dbef", 16: "#9ecae1", 32: "#4292c6", 64: "#08519c", 128: "#081d58"}
 
 
-def draw_ratios(path, title, rows, label, peer):
+def draw_ratios(path, title, rows, label, peer, labels):
     """The ratios of a decode's rows: a line of dots for each batch x length, a dot for each case.
 
     Args:
@@ -54,23 +54,28 @@ def draw_ratios(path, title, rows, label, peer):
       rows: result rows, each with a ratio.
       label: of a row, the name of its line.
       peer: whose time is over ours.
+      labels: what the lines' names are.
     """
     lines = {}
-    for row in sorted(rows, key=lambda r: (r["batch"], r["mean_len"], r["varlen"], r["h_q"])):
+    shape = "batch", "d_k", "topk", "extra_topk", "mean_len", "varlen", "h_q"
+    for row in sorted(rows, key=lambda row: [row.get(name, 0) for name in shape]):
         dot = row["ratio"], HEAD_COLORS[row["h_q"]], row["s_q"] == 1
         lines.setdefault(label(row).replace("x", TIMES), []).append(dot)
-    legend = [(f"{heads} heads", color, True) for heads, color in HEAD_COLORS.items()]
-    legend.append(("hollow: 2 queries a sequence", GREY, False))
+    heads = sorted({row["h_q"] for row in rows})
+    legend = [(f"{number} heads", HEAD_COLORS[number], True) for number in heads]
+    if any(row["s_q"] > 1 for row in rows):
+        legend.append(("hollow: 2 queries a sequence", GREY, False))
     left, right, top, step = 162, 780, 84, 24
     bottom = top + step * len(lines)
-    first, last = 0.9, math.ceil(10 * max(row["ratio"] for row in rows) + 1) / 10
+    first = min(0.9, math.floor(10 * min(row["ratio"] for row in rows)) / 10)
+    last = math.ceil(10 * max(row["ratio"] for row in rows) + 1) / 10
     svg = Svg(800, bottom + 56)
 
     def x(ratio):
         return left + (right - left) * (ratio - first) / (last - first)
 
     svg.text(16, 28, title, font_size=17, font_weight="bold")
-    svg.text(left - 14, 56.5, f"batch {TIMES} length", "end", fill=GREY)
+    svg.text(left - 14, 56.5, labels.replace("x", TIMES), "end", fill=GREY)
     place = left + 8
     for text, color, filled in legend:
         svg.dot(place, 52, color, filled)
@@ -78,7 +83,7 @@ def draw_ratios(path, title, rows, label, peer):
         place += 30 + 7 * len(text)
     svg.add("rect", x=left, y=top - 8, width=round(x(1) - left, 1), height=bottom - top + 8,
             fill="#f6f8fa")  # fmt: skip
-    for tenth in range(10, math.floor(10 * last) + 1, 2):
+    for tenth in range(math.ceil(10 * first / 2) * 2, math.floor(10 * last) + 1, 2):
         svg.line(x(tenth / 10), top - 8, x(tenth / 10), bottom)
         svg.text(x(tenth / 10), bottom + 18, f"{tenth / 10:.1f}", "middle", fill=GREY)
     svg.line(x(1), top - 8, x(1), bottom, INK, stroke_width=1.5)

@@ -15,6 +15,11 @@ Cases that reach the card's power limit, run for 0.15 s without a rest, after a 
 draws as much power as it may, and the SM clock falls. The clock is measured on the device right
 after. The power is NVML's."""
 
+PLAIN = """
+Plain JAX: a jitted function that gathers the tokens and has two einsums, which sum in float32, and
+a softmax between them. The reference is the op with `implementation="xla"`, whose temporary memory
+is bounded."""
+
 
 def mean(ratios):
     ratios = list(ratios)
@@ -96,6 +101,7 @@ def op_tables(page, op, rows, text=""):
         page.section(heading, text, group, [
             (op.labels, op.label, ""), ("us", "us", ".1f"), ("share", "of_floor", ".0%"),
             ("floor", "floor_us", ".1f"), ("+ schedule", "us_with_schedule", ".1f"),
+            *((column.replace("_us", " us"), column, ".1f") for column in op.beside),
             ("peer us", "peer_us", ".1f"),
             *((f"{way} us", f"peer_{way}_us", ".1f") for way in ways),
             ("ratio", "ratio", ".2f"), ("rel. error", "rel_err", ".1e"),
@@ -116,9 +122,19 @@ def op_tables(page, op, rows, text=""):
         ],
     )  # fmt: skip
     page.section(
+        "Beside plain JAX",
+        PLAIN,
+        [row for row in rows if row.get("plain_us")],
+        [
+            ("case", long_name, ""), ("us", "us", ".1f"), ("plain JAX us", "plain_us", ".0f"),
+            ("times", lambda row: row["plain_us"] / row["us"], ".1f"),
+            ("reference us", "jax_us", ".0f"),
+        ],
+    )  # fmt: skip
+    page.section(
         "Beside the reference",
         'The same op with `implementation="xla"`, in JAX ops.',
-        [row for row in rows if row.get("jax_us")],
+        [row for row in rows if row.get("jax_us") and not row.get("plain_us")],
         [
             ("case", long_name, ""), ("us", "us", ".1f"), ("reference us", "jax_us", ".0f"),
             ("times", lambda row: row["jax_us"] / row["us"], ".1f"),
@@ -131,11 +147,12 @@ def decode_section(page, op, title, about, rows, plot):
     found = of(rows, op.name, "table")
     if not found:
         return
-    names = ", ".join(sorted({row["peer"] for row in found if row["peer"]}))
+    names = ", ".join(sorted({row["peer"].split(", ")[0] for row in found if row["peer"]}))
     page.add(f"## {title}", wrapped(about.format(peer=names or "absent")), summary(found))
     if names:
         peer, compared = names.split(" (")[0], [row for row in found if row["ratio"]]
-        plots.draw_ratios(plot, f"{title} beside {peer}, one {page.card}", compared, op.label, peer)
+        heading = f"{title} beside {peer}, one {page.card}"
+        plots.draw_ratios(plot, heading, compared, op.label, peer, op.labels)
         page.add(f"![time of {peer} over ours, by case]({plot.name})")
     op_tables(page, op, rows)
 

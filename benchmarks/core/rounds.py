@@ -90,10 +90,15 @@ class Programs:
         if kind == "given" and self.op.prepare is not None:
             prepared = jax.eval_shape(self.make_prepared(implementation), self.shared)
         call = functools.partial(self.op.call, self.case, implementation)
+        if implementation == "plain":
+            call = self.plain
         function = functools.partial(_rounds, call=call, loops=loops)
         return jax.jit(function, donate_argnums=0, keep_unused=True).lower(
             [self.result] * calls, self.pool, self.shared, prepared, [self.own] * calls
         )
+
+    def plain(self, pool, shared, prepared, own):
+        return self.op.plain(self.case, pool, shared, own)
 
     def round(self, implementation, kind, calls=None):
         return self.lower_round(implementation, kind, calls).compile()

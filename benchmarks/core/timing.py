@@ -18,6 +18,7 @@ class Round:
     enqueue: Callable[[], None]
     wait: Callable[[], None]
     keep: tuple = ()  # what must live as long as the round
+    label: str = ""  # of a peer: how its calls were made, where it chose among several ways
 
 
 @dataclasses.dataclass(frozen=True)
