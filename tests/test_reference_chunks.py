@@ -77,6 +77,16 @@ def test_any_chunks_give_the_result(make, chunks, set_chunks):
     cases.assert_decode_close(jitted(*arrays), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [dense_call, sparse_call])
+def test_any_chunks_on_a_gpu(make, set_chunks):
+    """There, products of 16-bit values have 16-bit operands."""
+    function, arrays, expected = make()
+    for chunks in CHUNKS.values():
+        set_chunks(*chunks)
+        cases.assert_decode_close(jax.jit(lambda *arrays: function(*arrays))(*arrays), expected)
+
+
 @pytest.mark.parametrize("chunks", ["all at once", "some tokens of all sequences"])
 @pytest.mark.parametrize("make", [dense_call, sparse_call])
 def test_symbolic_batch(make, chunks, set_chunks):
@@ -143,3 +153,25 @@ def outside_fusions(hlo):
     """The computations that run as they stand, without the bodies of fusions."""
     computations = re.split(r"\n\n", hlo)
     return "\n".join(c for c in computations if not re.match(r"%?(fused|wrapped|gemm)", c.strip()))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("platform", "dtype", "operands", "precision"),
+    [
+        ("cuda", "bfloat16", "bf16", "DEFAULT"),
+        ("cuda", "float16", "f16", "DEFAULT"),
+        ("cuda", "float32", "f32", "HIGHEST"),
+        ("cpu", "bfloat16", "f32", "HIGHEST"),
+        ("cpu", "float32", "f32", "HIGHEST"),
+    ],
+)
+def test_products(platform, dtype, operands, precision, kind):
+    """Sums are float32. On a GPU products of 16-bit values have 16-bit operands."""
+    function, structs = large_call(kind, 128, 4096, 16, dtype)
+    text = jax.jit(function).trace(*structs).lower(lowering_platforms=(platform,)).as_text()
+    found = re.findall(r"dot_general .*", text)
+    assert len(found) == 2
+    for line in found:
+        assert re.findall(r"x([a-z]+\d+)>", line) == [operands, operands, "f32"], line
+        assert ("HIGHEST" in line) == (precision == "HIGHEST"), line

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import D_V, SparseCase
+from lowering import struct
 from sparse_calls import check, sparse_decode
 from test_dense_decode_grid import is_off
 
@@ -181,7 +182,7 @@ def poisoned_pools(rows, first, lists, lengths, *, cache, batches):
     return pools
 
 
-def call_all(queries, pools, lists, lengths, sink, *, shape, batches, bucket, shift, options):
+def call_all(queries, pools, lists, lengths, sink, *, shape, batches, shift, implementation):
     """The op for each batch size; and the slots of all lists, in one pool of both caches."""
     results = []
     for i, b in enumerate(batches):
@@ -194,12 +195,14 @@ def call_all(queries, pools, lists, lengths, sink, *, shape, batches, bucket, sh
             given["extra_topk_length"] = lengths[1][:b]
         if shape.has_sink:
             given["attn_sink"] = sink
-        out, lse = sparse_decode(q, pools[0][i], softmax_scale=shape.d_k**-0.55, **given, **options)
+        out, lse = sparse_decode(
+            q, pools[0][i], softmax_scale=shape.d_k**-0.55, implementation=implementation, **given
+        )
         results.append((out.reshape(-1, *out.shape[2:]), lse.swapaxes(1, 2).reshape(-1, shape.h_q)))
     slots = [live_entries(*x) for x in zip(lists, lengths, strict=True)]
     slots = jnp.concatenate([jnp.where(x < 0, -1, x + i * shift) for i, x in enumerate(slots)], -1)
     slots = slots.reshape(-1, slots.shape[-1])
-    padding = ((0, 0), (0, bucket - slots.shape[1]))
+    padding = ((0, 0), (0, shape.bucket - slots.shape[1]))
     return results, jnp.pad(slots, padding, constant_values=-1)
 
 
@@ -271,42 +274,39 @@ class Grid:
     def compile(self, name, function, *structs):
         """Starts to compile a function, unless one of this name is there."""
         if name not in self.compiled:
-            lowered = jax.jit(function).lower(*structs)  # tracing gains nothing from threads
-            self.compiled[name] = self.pool.submit(lowered.compile)
+            self.compiled[name] = self.pool.submit(
+                lambda: jax.jit(function).lower(*structs).compile()
+            )
 
     def compile_all(self, shape):
         b, s_q, d_k, h_q = self.batches[-1], shape.s_q, shape.d_k, shape.h_q
-        integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        key, flag = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), bool)
-        rows = jax.ShapeDtypeStruct((2 * self.num_rows, d_k), jnp.bfloat16)
-        queries = jax.ShapeDtypeStruct(self.queries[d_k].shape, jnp.bfloat16)
-        sink = jax.ShapeDtypeStruct((h_q,), jnp.float32)
+        flag = struct((), bool)
+        rows, queries = (struct(x[d_k].shape) for x in (self.rows, self.queries))
+        sink = struct((h_q,), jnp.float32)
         lists, lengths, pools = [], [], []
         for cache in shape.caches:
-            lists.append(integers((b, s_q, cache.topk)))
-            lengths.append(integers((b, s_q)))
+            lists.append(struct((b, s_q, cache.topk), jnp.int32))
+            lengths.append(struct((b, s_q), jnp.int32))
+            pages = cache.capacity // cache.page  # of a sequence
+            pools.append([struct((n * pages, cache.page, 1, d_k)) for n in self.batches])
             draw = functools.partial(draw_lists, cache=cache, s_q=s_q)
-            self.compile(("draw", cache, s_q), draw, key, integers((b,)), flag, flag)
+            key, drawn = jax.eval_shape(jax.random.key, 0), struct((b,), jnp.int32)
+            self.compile(("draw", cache, s_q), draw, key, drawn, flag, flag)
             poison = functools.partial(poisoned_pools, cache=cache, batches=self.batches)
-            structs = (rows, integers(()), lists[-1], lengths[-1])
+            structs = (rows, struct((), jnp.int32), lists[-1], lengths[-1])
             self.compile(("poison", cache, s_q, d_k), poison, *structs)
-            pools.append(jax.eval_shape(poison, *structs))
         call = functools.partial(
             call_all,
             shape=shape,
             batches=self.batches,
-            bucket=shape.bucket,
             shift=self.num_rows,
-            options={"implementation": self.implementation},
+            implementation=self.implementation,
         )
-        structs = (queries, pools, lists, lengths, sink)
-        self.compile(shape, call, *structs)
-        outs = [(b * s_q, h_q, D_V) for b in self.batches]
+        self.compile(shape, call, queries, pools, lists, lengths, sink)
         results = [
-            (jax.ShapeDtypeStruct(out, jnp.bfloat16), jax.ShapeDtypeStruct(out[:2], jnp.float32))
-            for out in outs
+            (struct((n * s_q, h_q, D_V)), struct((n * s_q, h_q), jnp.float32)) for n in self.batches
         ]
-        slots = integers((b * s_q, shape.bucket))
+        slots = struct((b * s_q, shape.bucket), jnp.int32)
         name = ("compare", s_q, d_k, h_q, shape.bucket)
         self.compile(name, compare, queries, rows, slots, sink, results)
 
