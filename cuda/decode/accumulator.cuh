@@ -33,7 +33,8 @@ class ValueAccumulator {
         Wait(&smem_.message_ready.full[message_.Stage()], message_.Parity());
         Rescale();
         if constexpr (Config::kKeys == Keys::kListed) {
-          FenceAsyncProxy();  // the keys were gathered: see Scorer::OrderGatheredKeys
+          // The keys were gathered: see Scorer::OrderGatheredKeys.
+          if constexpr (!Config::kRelays) FenceAsyncProxy();
         } else if (t == num_tiles - 1) {
           const int valid = ThisPiece().length - (ThisPiece().first_tile + t) * kTileTokens;
           if (valid < kTileTokens) ClearRowsFrom(valid, quarters);

@@ -51,9 +51,14 @@ struct Config {
   static constexpr int kTailChunks = kChunks - kRegisterChunks;
   // Without rope there is room for the queries of two pieces.
   static constexpr int kTailStages = kHasRope ? 1 : 2;
-  // How many threads fill a stage, and how many warps of them read the pieces.
-  static constexpr int kLoadThreads = kKeys == Keys::kPaged ? 1 : kWarpgroupSize;
-  static constexpr int kLoadWarps = kKeys == Keys::kPaged ? 1 : kWarpsPerWarpgroup;
+  // Warps that gather listed keys. In a cluster each block gathers half of them, and a warp passes
+  // them on to the other block.
+  static constexpr int kGatherWarps = kCluster > 1 ? 2 : kWarpsPerWarpgroup;
+  static constexpr bool kRelays = kKeys == Keys::kListed && kCluster > 1;
+  // Which arrivals complete a stage of keys or of queries, and how many warps read the pieces.
+  static constexpr int kTailArrivals = kKeys == Keys::kPaged ? 1 : kGatherWarps * kWarpSize;
+  static constexpr int kKeyArrivals = kRelays ? 1 : kTailArrivals;
+  static constexpr int kLoadWarps = kKeys == Keys::kPaged ? 1 : kGatherWarps + (kRelays ? 1 : 0);
 };
 
 // The columns of K that are not columns of V.
@@ -73,31 +78,37 @@ struct PageIds {
   __device__ __forceinline__ void Init() { ready.Init(kWarpSize, 1); }
 };
 
-// What the loader of listed keys tells, and what it keeps here because its registers are few.
+// What the loaders of listed keys tell, and what they keep here because their registers are few.
 //
-// `words` says which tokens of a tile are valid. Loading warp w has rows 16i + 4w + q of a tile
-// (q < 4); bit 4i + q of half-word w says whether such a row is valid. This ring needs no `empty`
-// barriers, because at most three tiles are in the ring of V columns, and one more has its mask.
+// `words` says which tokens of a tile are valid: bit 4i + q of half-word w stands for row
+// 16i + 4w + q (q < 4). This ring needs no `empty` barriers, because at most three tiles are in the
+// ring of V columns, and one more has its mask.
 constexpr int kTokenMaskStages = 4;
 static_assert(kValueStages <= (kTokenMaskStages - 1) * kQuarters);
+template <int kGatherWarps>
 struct TokenMasks {
   alignas(8) uint16_t words[kTokenMaskStages][kWarpsPerWarpgroup];
   Barrier written[kTokenMaskStages];
+  // In a cluster: this block's own rows of a stage are there.
+  Barrier gathered[kValueStages], rope_gathered[kRopeStages];
   BlockWork work;
   int32_t main_lengths[kWarpSize], extra_lengths[kWarpSize];  // of the next lists
   // How many pieces, tails of queries and tiles each warp has loaded.
-  uint32_t pieces[kWarpsPerWarpgroup], tails[kWarpsPerWarpgroup], tiles[kWarpsPerWarpgroup];
+  uint32_t pieces[kGatherWarps], tails[kGatherWarps], tiles[kGatherWarps];
 
   __device__ __forceinline__ void Init() {
-    for (Barrier& barrier : written) BarrierInit(&barrier, kWarpsPerWarpgroup);
-    for (int i = 0; i < kWarpsPerWarpgroup; ++i) pieces[i] = tails[i] = tiles[i] = 0;
+    for (Barrier& barrier : written) BarrierInit(&barrier, kGatherWarps);
+    for (Barrier& barrier : gathered) BarrierInit(&barrier, kGatherWarps * kWarpSize);
+    for (Barrier& barrier : rope_gathered) BarrierInit(&barrier, kGatherWarps * kWarpSize);
+    for (int i = 0; i < kGatherWarps; ++i) pieces[i] = tails[i] = tiles[i] = 0;
   }
 };
 
 template <typename Config>
 struct SharedMemoryPlan {
   using T = Config::Element;
-  using KeyMemory = std::conditional_t<Config::kKeys == Keys::kPaged, PageIds, TokenMasks>;
+  using KeyMemory =
+      std::conditional_t<Config::kKeys == Keys::kPaged, PageIds, TokenMasks<Config::kGatherWarps>>;
   SmemTile<T> v[kValueStages][kQuarterChunks];
   [[no_unique_address]] RopeRing<T, Config::kHasRope> rope;
   SmemTile<T> q_tail[Config::kTailStages][Config::kTailChunks];
@@ -117,11 +128,11 @@ struct SharedMemoryPlan {
   __device__ __forceinline__ void InitBarriers() {
     constexpr int kValueThreads = kWarpgroupSize * kValueWarpgroups;
     // One warpgroup frees a stage of v: value, or score if it held queries.
-    v_ready.Init(Config::kLoadThreads, kWarpsPerWarpgroup * Config::kClusterSize);
-    rope_ready.Init(Config::kLoadThreads, kWarpsPerWarpgroup * Config::kClusterSize);
+    v_ready.Init(Config::kKeyArrivals, kWarpsPerWarpgroup * Config::kClusterSize);
+    rope_ready.Init(Config::kKeyArrivals, kWarpsPerWarpgroup * Config::kClusterSize);
     message_ready.Init(kWarpgroupSize, kValueThreads);
     pieces_ready.Init(1, Config::kLoadWarps + kWarpgroupSize + kValueThreads);
-    q_tail_ready.Init(Config::kLoadThreads, kWarpsPerWarpgroup);
+    q_tail_ready.Init(Config::kTailArrivals, kWarpsPerWarpgroup);
     keys.Init();
     other.Init();
     FenceBarrierInit();

@@ -59,6 +59,7 @@ class Scorer {
   using T = Config::Element;
   static constexpr int kChunks = Config::kChunks, kClusterSize = Config::kClusterSize;
   static constexpr bool kIsListed = Config::kKeys == Keys::kListed;
+  static constexpr bool kNeedsFence = kIsListed && !Config::kRelays;
 
   // How many keys query row `row` sees. The causal mask is aligned to the bottom right: the last
   // query sees all keys, the one before it all but the last. The offset moves that boundary.
@@ -91,7 +92,7 @@ class Scorer {
 
   __device__ __forceinline__ void WaitForTailQueries() {
     Wait(&smem_.q_tail_ready.full[q_tail_.Stage()], q_tail_.Parity());
-    OrderGatheredKeys();
+    if constexpr (kIsListed) FenceAsyncProxy();
   }
   __device__ __forceinline__ void ReleaseTailQueries() {
     Release<1>(&smem_.q_tail_ready.empty[q_tail_.Stage()]);
@@ -99,9 +100,9 @@ class Scorer {
   }
 
   // The copy engine writes what the tensor cores read by the same proxy. Gathered keys are written
-  // by another one, so that a fence must stand between.
+  // by another one, so that a fence must stand between. (Where a warp relays them, it is there.)
   __device__ __forceinline__ void OrderGatheredKeys() {
-    if constexpr (kIsListed) FenceAsyncProxy();
+    if constexpr (kNeedsFence) FenceAsyncProxy();
   }
 
   // Sets the scores of tokens to -inf that no valid index names.
@@ -123,7 +124,7 @@ class Scorer {
 
   // Waits for keys. If they are not there yet, announces P first, so that value can go on.
   __device__ __forceinline__ void WaitForKeys(Barrier* full, uint32_t parity) {
-    if (kIsListed && tile_is_here_) return;
+    if (kNeedsFence && tile_is_here_) return;
     if (!TestWait(full, parity)) {
       Announce();
       Wait(full, parity);
@@ -151,7 +152,7 @@ class Scorer {
 
   // S = Q K^T of the next tile in the ring. On return the stage for its P is free as well.
   __device__ __forceinline__ void MultiplyQueriesAndKeys(float (&scores)[32]) {
-    if constexpr (kIsListed) LookForTile();
+    if constexpr (kNeedsFence) LookForTile();
     WgmmaFence();
     MultiplyQuarter<0>(scores);
     MultiplyQuarter<1>(scores);

@@ -22,18 +22,37 @@ template <typename Config, bool kMakesSchedule>
 ffi::Error LaunchKernel(const SparseParams& params, cudaStream_t stream) {
   const int64_t blocks = int64_t{params.decode.schedule.num_parts} * params.decode.query.row_tiles;
   JAX_FLASHMLA_CHECK(CheckGrid(kOp, blocks));
-  return LaunchOverlapped(
-      kOp, stream,
-      {.grid = dim3(blocks), .block = kThreads, .shared_bytes = sizeof(SharedMemoryPlan<Config>)},
-      SparseDecodeKernel<Config, kMakesSchedule>, params);
+  return LaunchOverlapped(kOp, stream,
+                          {.grid = dim3(blocks),
+                           .block = kThreads,
+                           .shared_bytes = sizeof(SharedMemoryPlan<Config>),
+                           .cluster = Config::kClusterSize},
+                          SparseDecodeKernel<Config, kMakesSchedule>, params);
+}
+
+// Whether two blocks form a cluster and share the tokens that they gather. They must start together
+// and wait for each other, which pays only if there is much to gather. The host knows an upper
+// bound of that.
+bool UsesCluster(const SparseParams& params) {
+  constexpr int64_t kMinTokens = 1 << 16;  // times row tiles; as in dense decode
+  const int row_tiles = params.decode.query.row_tiles;
+  const int64_t tokens = (int64_t{params.main.topk} + params.extra.topk) * params.decode.batch;
+  return row_tiles % 2 == 0 && tokens * row_tiles > kMinTokens;
+}
+
+template <typename T, int kHeadDim, bool kMakesSchedule>
+ffi::Error LaunchDecode(const SparseParams& params, cudaStream_t stream) {
+  using Alone = Config<T, kHeadDim, Keys::kListed, 1>;
+  using Paired = Config<T, kHeadDim, Keys::kListed, 2>;
+  return UsesCluster(params) ? LaunchKernel<Paired, kMakesSchedule>(params, stream)
+                             : LaunchKernel<Alone, kMakesSchedule>(params, stream);
 }
 
 template <typename T, int kHeadDim>
 ffi::Error Launch(const SparseParams& params, cudaStream_t stream) {
-  using Listed = Config<T, kHeadDim, Keys::kListed, 1>;
   JAX_FLASHMLA_CHECK(params.decode.schedule.IsGiven()
-                         ? (LaunchKernel<Listed, false>(params, stream))
-                         : (LaunchKernel<Listed, true>(params, stream)));
+                         ? (LaunchDecode<T, kHeadDim, false>(params, stream))
+                         : (LaunchDecode<T, kHeadDim, true>(params, stream)));
   return LaunchCombine<T>(kOp, CombineParamsOf(params.decode), stream);
 }
 
