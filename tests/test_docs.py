@@ -112,7 +112,12 @@ def test_the_step_of_the_readme_takes_any_pages():
 
 
 # The snippets of each page; those of a page run one after the other, in one namespace.
-RUN_HERE = {"docs/append.md": 1, "docs/schedule.md": 1, "docs/transforms.md": 6}
+RUN_HERE = {
+    "docs/append.md": 1,
+    "docs/schedule.md": 1,
+    "docs/sparse_attention.md": 3,
+    "docs/transforms.md": 6,
+}
 # Beside other tests, which check what the snippets compute.
 RUN_ELSEWHERE = ["docs/models.md", "docs/parallelism.md"]
 
@@ -204,8 +209,9 @@ def test_figures_are_svg(figure):
 
 
 def test_pages_stay_short():
-    assert len(read("README.md").splitlines()) < 160
+    assert len(read("README.md").splitlines()) <= 180
     assert 100 <= len(read("docs/dense_decode.md").splitlines()) <= 150
+    assert 150 <= len(read("docs/sparse_attention.md").splitlines()) <= 220
     assert len(snippets("README.md")[0].splitlines()) <= 30
 
 
@@ -219,5 +225,5 @@ def test_the_glossary_has_every_word():
     defined = set(re.findall(r"^\*\*([a-z ]+)\.?\*\*|^\| (\w+) \||^### (\w+)", text, re.MULTILINE))
     defined = {word for groups in defined for word in groups}
     words = "sequence, query row, row tile, tile, page, slot, part, split, piece, schedule, join, "
-    words += "combine, merge, reference, floor"
+    words += "combine, merge, reference, floor, list, extra cache, sink, token mask"
     assert set(words.split(", ")) <= defined
