@@ -92,7 +92,7 @@ def append_kv_cache(
 def get_slot_mapping(
     block_table: jax.Array, positions: jax.Array, page_block_size: int
 ) -> jax.Array:
-    """The slots of tokens in the paged cache, for `append_kv_cache`.
+    """The slots of tokens in the paged cache, for `append_kv_cache` and for token lists.
 
     Args:
       block_table: i32 [b, max_blocks], the pages of each sequence in order.

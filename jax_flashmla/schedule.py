@@ -144,9 +144,10 @@ def get_mla_metadata(
 
     Args:
       cache_seqlens: i32 [b], the tokens of each sequence in the cache, including those of this
-        step. A negative length counts as 0.
-      num_heads_per_head_k: query rows per KV head, s_q * h_q / h_kv.
-      num_heads_k: KV heads, h_kv.
+        step. A negative length counts as 0. For a decode with indices, what `get_sparse_seqlens`
+        gives.
+      num_heads_per_head_k: query rows per KV head, s_q * h_q / h_kv; with indices h_q.
+      num_heads_k: KV heads, h_kv; with indices 1.
       num_sms: the number of SMs to spread the work over. Default: that of this machine's first
         GPU, or 132 if there is none. Results are right on any SM count. Not allowed with
         fixed_split_size, where it would change nothing.

@@ -53,8 +53,8 @@ def anchors(text):
 
 
 def expected_attention(q, rows):
-    """Output and lse [h_q, ...] in float64 of queries [h_q, 576] that see all rows [n, 576]."""
-    scores = np.asarray(q, np.float64) @ rows.T * 576**-0.5
+    """Output and lse [h_q, ...] in float64 of queries [h_q, d_k] that see all rows [n, d_k]."""
+    scores = np.asarray(q, np.float64) @ rows.T * rows.shape[1] ** -0.5
     largest = scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores - largest)
     total = weights.sum(axis=-1, keepdims=True)
@@ -112,7 +112,12 @@ def test_the_step_of_the_readme_takes_any_pages():
 
 
 # The snippets of each page; those of a page run one after the other, in one namespace.
-RUN_HERE = {"docs/append.md": 1, "docs/schedule.md": 1, "docs/transforms.md": 6}
+RUN_HERE = {
+    "docs/append.md": 1,
+    "docs/schedule.md": 1,
+    "docs/sparse_attention.md": 3,
+    "docs/transforms.md": 6,
+}
 # Beside other tests, which check what the snippets compute.
 RUN_ELSEWHERE = ["docs/models.md", "docs/parallelism.md"]
 
@@ -131,6 +136,18 @@ def given(page):
     }
 
 
+def check_two_caches(names):
+    """Each query sees the last 128 tokens of its sequence and the compressed ones it picked."""
+    out, lse = names["attend_to_both"](names["q"], None)
+    pool, compressed = (np.asarray(names[k], np.float64) for k in ("k_window", "k_compressed"))
+    for i, length in enumerate(np.asarray(names["lengths"])):
+        tokens = pool[np.asarray(names["block_table"])[i]].reshape(-1, 512)[:length][-128:]
+        rows = np.concatenate([tokens, compressed[i, np.asarray(names["picked"])[i], 0]])
+        expected_out, expected_lse = expected_attention(names["q"][i, 0], rows)
+        np.testing.assert_allclose(np.asarray(out[i, 0], np.float64), expected_out, atol=2e-2)
+        np.testing.assert_allclose(lse[i, :, 0], expected_lse, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("page", "count"), RUN_HERE.items())
 def test_snippets_of_the_docs_run(page, count):
     assert len(snippets(page)) == count
@@ -139,6 +156,8 @@ def test_snippets_of_the_docs_run(page, count):
     if page == "docs/append.md":
         written = np.argwhere(np.asarray(names["k_cache"], np.float32)[:, :, 0, 0])
         assert written.tolist() == [[1, 1]]
+    if page == "docs/sparse_attention.md":
+        check_two_caches(names)
 
 
 def test_no_page_has_snippets_that_nothing_runs():
@@ -204,8 +223,9 @@ def test_figures_are_svg(figure):
 
 
 def test_pages_stay_short():
-    assert len(read("README.md").splitlines()) < 160
+    assert len(read("README.md").splitlines()) <= 180
     assert 100 <= len(read("docs/dense_decode.md").splitlines()) <= 150
+    assert 150 <= len(read("docs/sparse_attention.md").splitlines()) <= 220
     assert len(snippets("README.md")[0].splitlines()) <= 30
 
 
@@ -219,5 +239,5 @@ def test_the_glossary_has_every_word():
     defined = set(re.findall(r"^\*\*([a-z ]+)\.?\*\*|^\| (\w+) \||^### (\w+)", text, re.MULTILINE))
     defined = {word for groups in defined for word in groups}
     words = "sequence, query row, row tile, tile, page, slot, part, split, piece, schedule, join, "
-    words += "combine, merge, reference, floor"
+    words += "combine, merge, reference, floor, list, extra cache, sink, token mask"
     assert set(words.split(", ")) <= defined

@@ -1,4 +1,8 @@
 // The value warpgroups of a decode block: O = O * factor + P V, then the output.
+//
+// P is 0 for masked tokens, but 0 * NaN is NaN, so V must be finite there. In dense decode these
+// warpgroups clear the rows after the end of a sequence. In sparse decode the loader has written
+// zeros for invalid tokens already.
 #pragma once
 
 #include "decode/block.cuh"

@@ -1,5 +1,7 @@
 // What the warps of a decode block share: sizes, shared memory, barriers and parameters. Dense and
-// sparse decode have it in common. dense_decode/kernel.cuh says how the warps work together.
+// sparse decode have it in common; a Config says which of them a kernel is. How the warps work
+// together is told in dense_decode/kernel.cuh, what sparse decode loads in another way in
+// sparse_decode/kernel.cuh.
 #pragma once
 
 #include <cuda_fp16.h>

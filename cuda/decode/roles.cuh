@@ -1,4 +1,5 @@
-// How a decode block begins, and which warpgroup has which role.
+// How a decode block begins, and which warpgroup has which role: score and value are those of this
+// folder, load is the kernel's own.
 #pragma once
 
 #include "decode/accumulator.cuh"

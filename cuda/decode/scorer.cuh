@@ -1,4 +1,8 @@
-// The score warpgroup of a decode block: S = Q K^T, softmax, P.
+// The score warpgroup of a decode block: S = Q K^T, mask, softmax, P.
+//
+// What it masks: in dense decode the tokens after the end of the sequence or after the causal
+// bound, in sparse decode those that the token mask of the tile calls invalid. It alone applies
+// attention sinks to what this block writes, because it has the log-sum-exp.
 #pragma once
 
 #include "decode/block.cuh"

@@ -2,7 +2,7 @@
 //
 // For 64 query rows (a row tile) and each tile of 64 tokens:
 //
-//   S = softmax_scale * Q K^T        64 x 64, over 576 columns
+//   S = softmax_scale * Q K^T        64 x 64, over 576 columns (512 in models without rope)
 //   P = online softmax of S          (mla/softmax.cuh)
 //   O = O * factor + P V             64 x 512; V is the first 512 columns of the K tile
 //
@@ -19,6 +19,10 @@
 //           ahead of the other warps, across sequences. One warp joins (see 5).
 //   score   One warpgroup: S = Q K^T, softmax, writes P. It holds 2/3 of Q in registers.
 //   value   Two warpgroups, each with O for two quarters: O = O * factor + P V, then the output.
+//
+// Load is in this folder. Score, value, the layout of shared memory and the start of a block are in
+// decode/, because sparse decode differs from this kernel only in how it loads
+// (sparse_decode/kernel.cuh).
 //
 //   tensor cores:  | S(n+1)      | O(n)        | S(n+2)      | O(n+1)      |
 //   score          | S(n+1)      | softmax n+1 | S(n+2)      | softmax n+2 |
@@ -46,9 +50,10 @@
 //   v         load -> score, value -> load. Value alone frees a quarter of keys: it has P only
 //             after score has read the tile. Score frees the stages that hold queries. The rows of
 //             another split come last and are never freed.
-//   rope      load -> score -> load
+//   rope      load -> score -> load; not there without rope
 //             In a cluster v and rope are freed to the loaders of both blocks, as both write.
-//   q_tail    the other third of Q: load -> score -> load
+//   q_tail    the other third of Q: load -> score -> load. Without rope it is a quarter of Q, and
+//             there are two stages.
 //   message   P of a tile and the row factors, or the last factors of a piece: score -> value ->
 //             score
 //   pages     page ids: plan -> load -> plan
