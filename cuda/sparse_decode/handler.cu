@@ -175,6 +175,10 @@ ffi::Error SparseDecode(cudaStream_t stream, int32_t device, ffi::AnyBuffer q,
       .causal = false,
       .schedule_input = ScheduleInput(seqlens, lists, scratch.NumParts(), heads),
   };
+  // Longer lengths count as a whole list, also where the schedule is made from them as they are.
+  ScheduleInput& input = params.decode.schedule_input;
+  input.max_tiles = std::min(input.max_tiles, CeilDiv(params.main.topk, kTileTokens) +
+                                                  CeilDiv(params.extra.topk, kTileTokens));
   const auto launch = [&]<typename T>() {
     return head_dim == kHeadDimK ? Launch<T, kHeadDimK>(params, stream)
                                  : Launch<T, kHeadDimKWithoutRope>(params, stream);

@@ -46,11 +46,14 @@
 //    score and value do not know.
 // 8. cp.async writes by another proxy than wgmma reads by. So who multiplies runs a proxy fence
 //    after waiting for a stage. Score looks whether the whole tile is there; then one fence does.
-// 9. There are no clusters. Both row tiles of 128 heads gather the same rows; the second block
-//    mostly finds them in the L2.
+// 9. With an even number of row tiles two blocks may form a cluster and work on the same lists, if
+//    there is much to gather (UsesCluster in handler.cu). Each gathers half of the rows of a tile,
+//    with two warps. A relay warp waits for them, runs the fence of point 8 for all, and copies
+//    them to the other block. The fourth warp plans and joins.
 //
-// Rings: those of dense decode without `pages`. The stages of v, rope and q_tail are filled by 128
-// threads, so each of them arrives. One ring more:
+// Rings: those of dense decode without `pages`. Each thread that fills a stage of v, rope or q_tail
+// arrives; in a cluster it arrives at `gathered` and `rope_gathered` instead, and the relay warp
+// completes the stage. One ring more:
 //
 //   keys.words   the token masks: load -> score. It has no `empty` barriers, because the ring of V
 //                columns keeps the loader at most three tiles ahead (decode/block.cuh).

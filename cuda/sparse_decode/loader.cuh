@@ -191,10 +191,10 @@ class GatherLoader {
   __device__ __forceinline__ int ReadIndex(int sequence, int tile, int main_tiles) const {
     const bool is_main = tile < main_tiles;
     const TokenLists& lists = is_main ? params_.main : params_.extra;
-    const int list_tile = is_main ? tile : tile - main_tiles;
-    const int column = list_tile * kTileTokens + RowOfLane();
-    // The first comparison is for a schedule of garbage, where the product could overflow.
-    if (list_tile > lists.topk / kTileTokens || column >= lists.topk) return -1;
+    // Unsigned: with a schedule of garbage the product may wrap, but must not become negative.
+    const uint32_t list_tile = is_main ? tile : tile - main_tiles;
+    const uint32_t column = list_tile * kTileTokens + RowOfLane();
+    if (column >= static_cast<uint32_t>(lists.topk)) return -1;
     return __ldg(lists.indices + static_cast<int64_t>(sequence) * lists.topk + column);
   }
 
