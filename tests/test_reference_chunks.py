@@ -140,7 +140,7 @@ def test_temporary_memory_is_bounded(call, h200):
 
 
 def assert_tokens_are_written_once(hlo, tokens):
-    """Gathered tokens stay 16 bit, and one instruction of a chunk (`tokens` or more) writes them."""
+    """Those of a chunk, `tokens` or more, stay 16 bit, and one instruction writes them."""
     writes = 0
     for result, name in re.findall(
         r"^ *(?:ROOT )?%\S+ = (.*?) (fusion|copy|transpose|convert|select|gather)\(",

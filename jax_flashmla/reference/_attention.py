@@ -18,9 +18,10 @@ from ._math import ceil_div
 
 # A chunk holds some tokens of some sequences. It should keep a GPU busy, and no more.
 _CHUNK_BYTES = 2**26  # of its K, scores and weights
-# Tokens of a sequence in a chunk, at most. A loop over the chunks of sequences ends with the longest
-# one, and a GPU waits for its host in every step of it. So most sequences are one chunk, and a batch
-# goes in groups, a loop whose length is known. Short sequences in wide tables read this for nothing.
+# Tokens of a sequence in a chunk, at most. A loop over chunks of the same sequences ends with the
+# longest of them, and a GPU waits for its host in every step of it. So most sequences are one
+# chunk. Groups of them are a loop too, whose length is known. The price: short sequences in wide
+# tables read up to this many tokens.
 _MAX_CHUNK_TOKENS = 32768
 _SYMBOLIC_CHUNK_TOKENS = 4096  # the same where the batch (then in one group) or width is symbolic
 
