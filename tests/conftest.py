@@ -57,10 +57,10 @@ def quick_compile():
 def set_chunks(monkeypatch):
     """To change how the references cut their work into chunks."""
 
-    def change(chunk_bytes, min_tokens, max_tokens):
+    def change(chunk_bytes, max_tokens):
         monkeypatch.setattr(_attention, "_CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(_attention, "_MIN_CHUNK_TOKENS", min_tokens)
         monkeypatch.setattr(_attention, "_MAX_CHUNK_TOKENS", max_tokens)
+        monkeypatch.setattr(_attention, "_SYMBOLIC_CHUNK_TOKENS", max_tokens)
 
     return change
 

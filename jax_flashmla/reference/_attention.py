@@ -17,10 +17,13 @@ import jax.numpy as jnp
 from ._math import ceil_div
 
 # A chunk holds some tokens of some sequences. It should keep a GPU busy, and no more.
-_CHUNK_BYTES = 2**27  # of its K, scores and weights
-_MIN_CHUNK_TOKENS = 4096  # of a sequence, if its width is not less
-_MAX_CHUNK_TOKENS = 32768  # so that short sequences in wide tables do not read much for nothing
-_SYMBOLIC_BATCH = 128  # assumed for a symbolic batch (jax.export) when the chunk's size is chosen
+_CHUNK_BYTES = 2**26  # of its K, scores and weights
+# Tokens of a sequence in a chunk, at most. A loop over chunks of the same sequences ends with the
+# longest of them, and a GPU waits for its host in every step of it. So most sequences are one
+# chunk. Groups of them are a loop too, whose length is known. The price: short sequences in wide
+# tables read up to this many tokens.
+_MAX_CHUNK_TOKENS = 32768
+_SYMBOLIC_CHUNK_TOKENS = 4096  # the same where the batch (then in one group) or width is symbolic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +110,12 @@ def attend(
 
 def _chunk_sizes(b: Any, tokens: int, sources: Sequence[Source]) -> tuple[Any, list[int]]:
     """How many sequences a chunk has, and how many units of each source; `tokens` is the budget."""
-    batch = b if isinstance(b, int) else _SYMBOLIC_BATCH
-    most = max(_MIN_CHUNK_TOKENS, min(_MAX_CHUNK_TOKENS, tokens // max(batch, 1)))
     steps = []
     for source in sources:
-        step = max(1, min(most, tokens) // source.unit_tokens)
-        if isinstance(source.units, int):
-            step = _even(source.units, step)
-        steps.append(step)
+        known = isinstance(b, int) and isinstance(source.units, int)
+        most = min(tokens, _MAX_CHUNK_TOKENS if known else _SYMBOLIC_CHUNK_TOKENS)
+        step = max(1, most // source.unit_tokens)
+        steps.append(_even(source.units, step) if isinstance(source.units, int) else step)
     if not isinstance(b, int) or not sources:
         return b, steps
     longest = sum(s * source.unit_tokens for s, source in zip(steps, sources, strict=True))

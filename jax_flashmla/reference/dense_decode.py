@@ -21,8 +21,8 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q over a paged cache.
 
-    The cache is read in chunks of pages (see `_attention`), up to the end of the longest sequence.
-    So the temporary memory does not grow with the table or the cache.
+    The cache is read in chunks (see `_attention`), so that the temporary memory does not grow with
+    the table or the cache.
 
     Args:
       q: [b, s_q, h_q, d_k].
