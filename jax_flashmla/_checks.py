@@ -31,8 +31,22 @@ def as_array(name: str, value: Any) -> jax.Array:
         raise  # as of a tracer that outlived its function: JAX says what to do
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be an array, got {describe(value)}") from None
+    if jnp.issubdtype(array.dtype, jnp.integer) and not _fits_into_int32(value):
+        raise ValueError(f"{name} must fit into int32, got {describe(value)}")
     _refuse_partial_sums(name, array)
     return array
+
+
+def _fits_into_int32(value: Any) -> bool:
+    """Whether int32 holds all integers of numpy arrays, which JAX wraps without an error."""
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__"):
+            continue
+        values = np.asarray(leaf)
+        wide = not np.can_cast(values.dtype, np.int32)
+        if wide and values.size and not -INT32_MAX - 1 <= values.min() <= values.max() <= INT32_MAX:
+            return False
+    return True
 
 
 def _refuse_partial_sums(name: str, x: jax.Array) -> None:

@@ -191,6 +191,40 @@ def test_numbers_past_int32():
         call("get_mla_metadata", cache_seqlens=[2**40])
 
 
+INTEGERS = [
+    (function, name)
+    for function, name in ARRAYS
+    if isinstance(value := FUNCTIONS[function][name], jax.Array) and value.dtype == jnp.int32
+]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(("function", "name"), INTEGERS)
+def test_numpy_integers_past_int32(function, name, x64):
+    """JAX would wrap them: 2**32 + 1 would be slot 1."""
+    value = np.asarray(FUNCTIONS[function][name])
+    with jax.enable_x64(x64):
+        for dtype, number in (
+            (np.int64, 2**32 + 1),
+            (np.int64, -(2**31) - 1),
+            (np.uint64, 2**64 - 1),
+            (np.uint32, 2**31),
+        ):
+            wide = value.astype(dtype)
+            wide.flat[-1] = number
+            for wrong in (wide, list(wide)) if wide.ndim else (wide,):
+                with pytest.raises(ValueError, match=rf"^{name} must fit into int32, got .*\d"):
+                    call(function, **{name: wrong})
+
+
+def test_numpy_integers_that_fit_into_int32():
+    """Also with 64 bits, as numpy makes them by default."""
+    positions = np.array([[0, 2**31 - 1, -(2**31)]])
+    assert positions.dtype == np.int64
+    assert fm.get_slot_mapping(np.array([[7]]), positions, 64).tolist() == [[448, -1, -1]]
+    assert fm.get_slot_mapping(np.array([[7]]), positions[:, :0], 64).shape == (1, 0)
+
+
 def test_escaped_tracer_in_a_list():
     """JAX says what it is, as it does for one that is an argument itself."""
     escaped = []
