@@ -233,6 +233,14 @@ def check_no_lists(
             )
 
 
+def check_given(name: str, value: Any) -> None:
+    """Checks that a call without indices has an argument that one with indices leaves out."""
+    if value is None:
+        raise TypeError(
+            f"{name} must be an array, got None; for attention over token lists pass indices"
+        )
+
+
 def check_only_lists(k_cache: Any, *, causal: bool, **others: Any) -> None:
     """Checks that a call with indices says nowhere else what a query sees."""
     instead = {

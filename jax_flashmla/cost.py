@@ -12,6 +12,7 @@ from ._checks import (
     check_cache,
     check_decode_shapes,
     check_extra_pair,
+    check_given,
     check_list_lengths,
     check_lists,
     check_no_lists,
@@ -82,6 +83,7 @@ def decode_cost(
     extra = extra_k_cache, extra_indices_in_kvcache, extra_topk_length
     if indices is None:
         check_no_lists(topk_length, *extra)
+        check_given("cache_seqlens", cache_seqlens)
         scores, rows, integers = _dense_work(q, k_cache, cache_seqlens, causal, causal_offset)
     else:
         check_only_lists(

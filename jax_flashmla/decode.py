@@ -11,6 +11,7 @@ from ._checks import (
     check_cache,
     check_decode_shapes,
     check_extra_pair,
+    check_given,
     check_implementation,
     check_never_empty,
     check_no_lists,
@@ -154,6 +155,7 @@ def flash_mla_with_kvcache(
     extra = extra_k_cache, extra_indices_in_kvcache, extra_topk_length
     if indices is None:
         check_no_lists(topk_length, *extra)
+        check_given("block_table", block_table)
         arrays = q, k_cache, block_table, cache_seqlens, causal_offset, attn_sink
         out, lse = _dense(*arrays, schedule, causal=causal, **common)
     else:

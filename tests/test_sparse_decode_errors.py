@@ -157,8 +157,11 @@ def test_arguments_that_need_indices(name):
 
 
 def test_neither_indices_nor_a_block_table():
-    with pytest.raises(TypeError, match=r"^block_table must be an array, got None"):
+    advice = "must be an array, got None; for attention over token lists pass indices"
+    with pytest.raises(TypeError, match=f"^block_table {advice}"):
         call_with(indices=None)
+    with pytest.raises(TypeError, match=f"^cache_seqlens {advice}"):
+        fm.decode_cost(jnp.zeros((B, S_Q, 4, D_K), jnp.bfloat16), CACHE, None, D_V)
 
 
 # Schedules.
