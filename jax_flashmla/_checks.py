@@ -171,6 +171,13 @@ def check_cache(name: str, x: Any, axes: str, d_k: int, dtype: DTypeLike) -> Non
     check_axis(name, x, 3, d_k, "the d_k of q")
 
 
+def check_extra_cache(extra_k_cache: Any, q: Any) -> None:
+    """Checks a second cache of q's dtype and d_k, with the one KV head of token lists."""
+    name = "extra_k_cache"
+    check_cache(name, extra_k_cache, "num_blocks2 page_block_size2 h_kv d_k", q.shape[3], q.dtype)
+    check_axis(name, extra_k_cache, 2, 1, "the KV heads with indices")
+
+
 def check_only_axis_0_symbolic(name: str, x: Any) -> None:
     """Checks that jax.export knows all sizes but that of axis 0."""
     if not all(isinstance(size, int) for size in x.shape[1:]):

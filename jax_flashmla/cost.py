@@ -9,8 +9,8 @@ import numpy as np
 from ._checks import (
     check_array,
     check_axis,
-    check_cache,
     check_decode_shapes,
+    check_extra_cache,
     check_extra_pair,
     check_given,
     check_list_lengths,
@@ -93,8 +93,7 @@ def decode_cost(
         check_extra_pair(*extra)
         if extra_k_cache is not None:
             extra_k_cache = _with_shape("extra_k_cache", extra_k_cache)
-            axes = "num_blocks2 page_block_size2 h_kv d_k"
-            check_cache("extra_k_cache", extra_k_cache, axes, q.shape[3], q.dtype)
+            check_extra_cache(extra_k_cache, q)
             more = _list_work("extra_", q, extra_k_cache, *extra[1:])
             scores, rows, integers = (
                 x + y for x, y in zip((scores, rows, integers), more, strict=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from ._checks import (
     as_array,
     check_axis,
-    check_cache,
     check_decode_shapes,
+    check_extra_cache,
     check_extra_pair,
     check_given,
     check_implementation,
@@ -287,8 +287,7 @@ def _extra_operands(
         return {}
     name = "extra_k_cache"
     k_cache = as_array(name, k_cache)
-    check_cache(name, k_cache, "num_blocks2 page_block_size2 h_kv d_k", q.shape[3], q.dtype)
-    check_axis(name, k_cache, 2, 1, "the KV heads with indices")
+    check_extra_cache(k_cache, q)
     check_never_empty(name, k_cache, 0)
     indices = token_lists("extra_indices_in_kvcache", indices, "q", *q.shape[:2])
     topk_length = lengths_of_lists("extra_topk_length", topk_length, indices)

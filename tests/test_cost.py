@@ -121,6 +121,11 @@ LISTS = {"indices": np.zeros((2, 1, 3), np.int32)}
             ValueError,
             "^extra_k_cache .*axis 3 must be 576",
         ),
+        (
+            {"extra_k_cache": struct((9, 2, 2, D_K)), "extra_indices_in_kvcache": [[[1]], [[1]]]},
+            ValueError,
+            r"^extra_k_cache has shape \[9, 2, 2, 576\], but axis 2 must be 1, the KV heads",
+        ),
     ],
 )
 def test_misuse_of_the_cost_of_lists(changes, error, message):
