@@ -35,13 +35,15 @@ class Op:
     the fields: its type rule, lowering, batching rule, and the refusal of derivatives.
 
     Attributes:
-      name: the op's name in jaxprs, in profiles and in messages.
+      name: the op's name in jaxprs and in profiles.
       result_types: (*avals, **params) -> [(shape, dtype)], one for each result.
       reference: (*args, **params) -> results, in JAX ops.
       kernel: (*args, **params) -> the same results, from the FFI call.
       kernel_gap: (*avals, **params) -> why there is no kernel for these shapes, or None.
       batch: (args, dims, **params) -> (results, dims), the batching rule. It also gets the
         param `implementation`; the functions above do not.
+      public_name: what messages call the op: the public function, and how it was called. Default:
+        the name.
     """
 
     name: str
@@ -50,9 +52,11 @@ class Op:
     kernel: Callable[..., Sequence[jax.Array]]
     kernel_gap: Callable[..., str | None]
     batch: Callable[..., tuple[Sequence[jax.Array], Sequence[int | None]]]
+    public_name: str = ""
     primitive: Primitive = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "public_name", self.public_name or self.name)
         primitive = Primitive(self.name)
         primitive.multiple_results = True
         # JAX's own rule for eager calls: jax_debug_nans and jax_debug_infs know it.
@@ -75,7 +79,7 @@ class Op:
 
     def _abstract_eval(self, *avals: Any, implementation: str, **params: Any) -> list[Any]:
         for aval in avals:
-            _refuse_explicit_sharding(self.name, aval)
+            _refuse_explicit_sharding(self.public_name, aval)
         return [
             _aval_like(avals[0], shape, dtype)
             for shape, dtype in self.result_types(*avals, **params)
@@ -83,7 +87,7 @@ class Op:
 
     def _refuse_derivative(self, *args: Any, **params: Any) -> None:
         raise NotImplementedError(
-            f"{self.name} is an inference op and has no derivative; keep it out of what is "
+            f"{self.public_name} is an inference op and has no derivative; keep it out of what is "
             "differentiated, or wrap its inputs in jax.lax.stop_gradient"
         )
 
@@ -98,7 +102,7 @@ class Op:
         if implementation == "cuda":
             platforms = ctx.platforms or ctx.module_context.platforms
             raise NotImplementedError(
-                f"{self.name} has no kernel for the platform {'/'.join(platforms)}, and "
+                f"{self.public_name} has no kernel for the platform {'/'.join(platforms)}, and "
                 'implementation="cuda" does not fall back; pass implementation="auto" or "xla"'
             )
         return self._lower_reference(ctx, *args, implementation=implementation, **params)
@@ -106,7 +110,7 @@ class Op:
     def _lower_for_cuda(self, ctx: Any, *args: Any, implementation: str, **params: Any) -> Any:
         if not self._takes_kernel(ctx.avals_in, implementation, params):
             return self._lower_reference(ctx, *args, implementation=implementation, **params)
-        _refuse_partitioning(self.name, ctx.module_context.axis_context)
+        _refuse_partitioning(self.public_name, ctx.module_context.axis_context)
         return self._lower(self.kernel, ctx, *args, **params)
 
     def _takes_kernel(
@@ -121,13 +125,13 @@ class Op:
             return True
         if implementation == "cuda":
             raise NotImplementedError(
-                f'{self.name} with implementation="cuda": {missing or gap}; pass '
+                f'{self.public_name}, with implementation="cuda": {missing or gap}; pass '
                 'implementation="auto" or "xla" to run the reference, which consists of JAX ops'
             )
         if missing is not None:
             _warn_once(f"jax_flashmla runs its reference in JAX ops, not its kernels: {missing}")
         else:
-            _warn_once(f"{self.name} runs its reference in JAX ops, not a kernel: {gap}")
+            _warn_once(f"{self.public_name} runs its reference in JAX ops, not a kernel: {gap}")
         return False
 
 

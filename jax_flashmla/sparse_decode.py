@@ -39,7 +39,7 @@ _REQUIRED = ("q", "k_cache", "indices", "topk_length")
 EXTRA_OPERANDS = ("extra_k_cache", "extra_indices_in_kvcache", "extra_topk_length")
 # The others, in this order, are EXTRA_OPERANDS, attn_sink, SCHEDULE_OPERANDS: those that a call has
 # are named in its static parameter `operands`. attn_sink is [1, h_q], or [b, h_q] under vmap.
-_OP_NAME = "sparse_flash_mla_with_kvcache"
+_PUBLIC_NAME = "flash_mla_with_kvcache with indices"
 _CACHES = ("k_cache", "extra_k_cache")
 _BY_QUERY = ("q", "indices", "topk_length", "extra_indices_in_kvcache", "extra_topk_length")
 
@@ -248,7 +248,7 @@ def _batch(
         if dim is not None:
             pool = jnp.moveaxis(pool, dim, 0)
             slots = pool.shape[1] * pool.shape[2]
-            if not int32_holds_slots(_OP_NAME, n, slots, implementation):
+            if not int32_holds_slots(_PUBLIC_NAME, n, slots, implementation):
                 # Number the slots of each example from 0: so they cannot overflow.
                 return _reference_by_example(args, dims, operands, **params), [0, 0]
             folded[lists] = _shift(folded[lists], slots)
@@ -298,7 +298,8 @@ def _shift(slots: jax.Array, pool: Any) -> jax.Array:
 
 
 sparse_decode_op = Op(
-    name=_OP_NAME,
+    name="sparse_flash_mla_with_kvcache",
+    public_name=_PUBLIC_NAME,
     result_types=_result_types,
     reference=_reference,
     kernel=_kernel,

@@ -100,7 +100,8 @@ class OpRow:
       expected: (*numpy arrays) -> the results, worked out independently.
       assert_close: (actual, expected) -> raises where they differ by too much; takes tuples.
       sizes: the length of each axis in small calls that the kernel can run too.
-      primitive: the op's name in jaxprs and messages; None if it is made of JAX's own ops.
+      primitive: the op's name in jaxprs; None if it is made of JAX's own ops.
+      public_name: the op's name in messages; default: as in jaxprs.
       targets: how often a call calls each FFI target; none without a kernel.
       targets_under_vmap: the same under vmap; default: as without vmap.
       attributes: of each target, regular expressions that must be found in its attributes.
@@ -131,6 +132,7 @@ class OpRow:
     assert_close: Callable
     sizes: dict
     primitive: str | None = None
+    public_name: str | None = None
     targets: dict = dataclasses.field(default_factory=dict)
     targets_under_vmap: dict | None = None
     attributes: dict = dataclasses.field(default_factory=dict)
@@ -149,6 +151,10 @@ class OpRow:
 
     def __repr__(self):
         return self.name
+
+    @property
+    def name_in_messages(self) -> str | None:
+        return self.public_name or self.primitive
 
     @property
     def names(self) -> list[str]:
@@ -432,6 +438,7 @@ NO_EXTRA = ("has_extra = false", "has_attn_sink = false")
 sparse_row = OpRow(
     name="sparse-decode",
     primitive="sparse_flash_mla_with_kvcache",
+    public_name="flash_mla_with_kvcache with indices",
     operands=SPARSE_OPERANDS,
     results=decode_row.results,
     call=sparse_decode,

@@ -18,6 +18,7 @@ import jax_flashmla as fm
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PRIMITIVE = "sparse_flash_mla_with_kvcache"
+PUBLIC_NAME = "flash_mla_with_kvcache with indices"
 
 
 def op_of(run, *structs):
@@ -99,7 +100,7 @@ def test_pools_that_int32_cannot_hold(run):
     """Each alone, or unmapped, may have as many slots as it likes."""
     jax.eval_shape(jax.vmap(run), *structs_of_pools(15))
     message = (
-        rf"vmap of {PRIMITIVE} over 16 caches of {POOL} slots exceeds the int32 range of slots; "
+        rf"vmap of {PUBLIC_NAME} over 16 caches of {POOL} slots exceeds the int32 range of slots; "
         "map fewer caches at a time"
     )
     with pytest.raises(NotImplementedError, match=message):
@@ -151,7 +152,7 @@ def test_symbolic_pools():
 def test_symbolic_pools_with_the_kernel_alone(machine):
     machine.takes_kernels()
     message = (
-        rf'vmap of {PRIMITIVE} over n caches of 4\*p slots.*the constraint "4\*n\*p <= 2147483'
+        rf'vmap of {PUBLIC_NAME} over n caches of 4\*p slots.*the constraint "4\*n\*p <= 2147483'
     )
     with pytest.raises(NotImplementedError, match=message):
         exported("cuda", [])
