@@ -217,8 +217,14 @@ def check_lists(name: str, x: Any, owner: str, b: Any, s_q: int) -> None:
 
 def check_list_lengths(name: str, x: Any, lists: Any) -> None:
     """Checks the shape of the lengths of token lists, [b] or [b, s_q]."""
+    b, s_q, _ = lists.shape
     if x.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape [b] or [b, s_q], got {list(x.shape)}")
+    if x.ndim == 1 and x.shape[0] != b and x.shape[0] == b * s_q:
+        raise ValueError(
+            f"{name} must have shape [b] or [b, s_q], [{b}] or [{b}, {s_q}] here, got "
+            f"{list(x.shape)}; pass {name}.reshape({b}, {s_q})"
+        )
     for axis, size in enumerate(("batch", "s_q")[: x.ndim]):
         check_axis(name, x, axis, lists.shape[axis], f"the {size} of its lists")
 

@@ -81,6 +81,12 @@ def lists(*shape, dtype=jnp.int32):
             "^topk_length .*axis 0 must be 2, the batch of its",
         ),
         ({"topk_length": lists(B, 1)}, ValueError, "^topk_length .*axis 1 must be 3, the s_q of"),
+        (
+            {"topk_length": lists(B * S_Q)},
+            ValueError,
+            r"^topk_length must have shape \[b\] or \[b, s_q\], \[2\] or \[2, 3\] here, got \[6\]; "
+            r"pass topk_length\.reshape\(2, 3\)$",
+        ),
         ({"topk_length": lists(B, dtype=jnp.int16)}, TypeError, "^topk_length .*got int16"),
         ({"attn_sink": jnp.zeros(3)}, ValueError, "^attn_sink .*axis 0 must be 4, the heads of q"),
         ({"attn_sink": jnp.zeros((1, 4))}, ValueError, r"^attn_sink must have shape \[h_q\], got"),
@@ -134,6 +140,11 @@ def test_misuse(changes, error, message):
             "^extra_indices_in_kvcache must have at least one entry",
         ),
         ({"extra_topk_length": lists(3)}, ValueError, "^extra_topk_length .*axis 0 must be 2"),
+        (
+            {"extra_topk_length": lists(B * S_Q)},
+            ValueError,
+            r"^extra_topk_length .*; pass extra_topk_length\.reshape\(2, 3\)$",
+        ),
     ],
 )
 def test_misuse_of_an_extra_cache(changes, error, message):
@@ -243,6 +254,7 @@ def test_symbolic_sizes(sizes, error, message):
         ({"indices": lists(B, 3, 0)}, ValueError, "^indices must have at least one entry"),
         ({"topk_length": lists(B, S_Q, 1)}, ValueError, r"^topk_length must have shape \[b\] or"),
         ({"topk_length": lists(1)}, ValueError, "^topk_length .*axis 0 must be 2"),
+        ({"topk_length": lists(B * S_Q)}, ValueError, r"^topk_length .*reshape\(2, 3\)$"),
         (
             {"extra_indices_in_kvcache": lists(B, 1, 3)},
             ValueError,
