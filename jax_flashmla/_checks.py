@@ -67,7 +67,7 @@ def _refuse_partial_sums(name: str, x: jax.Array) -> None:
         )
 
 
-def int32_array(name: str, value: Any, axes: str) -> jax.Array:
+def int32_array(name: str, value: Any, axes: str | None) -> jax.Array:
     """`value` as an i32 array; `axes` is its shape in words, as for `check_array`."""
     array = as_array(name, value)
     check_array(name, array, axes, (jnp.int32,))

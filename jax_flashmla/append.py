@@ -96,7 +96,9 @@ def get_slot_mapping(
 
     Args:
       block_table: i32 [b, max_blocks], the pages of each sequence in order.
-      positions: i32 [b, n], 0-based positions of tokens in their sequences.
+      positions: i32 [b, n], 0-based positions of tokens in their sequences. For positions
+        [b, s_q, topk] of token lists, pass positions.reshape(b, -1), and .reshape(positions.shape)
+        the result.
       page_block_size: tokens of a page, a static int.
 
     Returns:
@@ -116,7 +118,13 @@ def get_slot_mapping(
       Array([[112, 127,  32,  -1]], dtype=int32)
     """
     block_table = int32_array("block_table", block_table, "b max_blocks")
-    positions = int32_array("positions", positions, "b n")
+    positions = int32_array("positions", positions, None)
+    if positions.ndim > 2:
+        raise ValueError(
+            f"positions must have shape [b, n], got {list(positions.shape)}; for token lists pass "
+            "positions.reshape(b, -1), and .reshape(positions.shape) the result"
+        )
+    check_array("positions", positions, "b n")
     check_axis("positions", positions, 0, block_table.shape[0], "the batch of block_table")
     check_never_empty("block_table", block_table, 0)
     check_never_empty("block_table", block_table, 1)

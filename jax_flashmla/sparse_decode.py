@@ -126,7 +126,9 @@ def to_local_slots(indices: jax.Array, first: int | jax.Array, count: int) -> ja
     check_array("indices", indices, None, (jnp.int32,))
     if isinstance(first, int | np.integer):
         first = jnp.int32(static_int("first", first, minimum=0))
-    first = int32_array("first", first, "")
+    first = int32_array("first", first, None)
+    if first.ndim:
+        raise ValueError(f"first must be a scalar, got shape {list(first.shape)}")
     count = static_int("count", count)
     local = indices - first  # If it overflows, it is negative, and the slot is far past the run.
     return jnp.where((indices >= 0) & (local >= 0) & (local < count), local, -1)

@@ -155,6 +155,12 @@ def test_slot_mapping_reaches_the_last_slot():
     [
         ((jnp.zeros(3, jnp.int32), jnp.zeros((1, 1), jnp.int32), 16), ValueError, "block_table"),
         ((jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32), 16), ValueError, "positions"),
+        (
+            (jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 1, 7), jnp.int32), 16),
+            ValueError,
+            r"^positions must have shape \[b, n\], got \[2, 1, 7\]; for token lists pass "
+            r"positions\.reshape\(b, -1\), and \.reshape\(positions\.shape\) the result",
+        ),
         ((jnp.zeros((2, 3)), jnp.zeros((2, 1), jnp.int32), 16), TypeError, "block_table"),
         ((jnp.zeros((2, 3), jnp.int32), jnp.zeros((3, 1), jnp.int32), 16), ValueError, "positions"),
         ((jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 1), jnp.int32), 0), ValueError, "got 0"),

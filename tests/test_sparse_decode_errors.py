@@ -278,7 +278,7 @@ def test_misuse_of_get_sparse_seqlens(arguments, error, message):
         ({"indices": jnp.zeros(3)}, TypeError, "^indices must have dtype int32, got float32"),
         ({"first": -1}, ValueError, "^first must be an int of at least 0, got -1"),
         ({"first": 2**31}, ValueError, "^first must fit into int32, got 2147483648"),
-        ({"first": lists(2)}, ValueError, r"^first must have shape \[\], got \[2\]"),
+        ({"first": lists(2)}, ValueError, r"^first must be a scalar, got shape \[2\]"),
         ({"first": jnp.float32(1)}, TypeError, "^first must have dtype int32, got float32"),
         ({"count": 0}, ValueError, "^count must be an int of at least 1, got 0"),
         ({"count": jnp.int32(3)}, TypeError, "^count must be a static Python int, got an array"),
