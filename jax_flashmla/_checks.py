@@ -69,16 +69,28 @@ def _refuse_partial_sums(name: str, x: jax.Array) -> None:
 
 def int32_array(name: str, value: Any, axes: str | None) -> jax.Array:
     """`value` as an i32 array; `axes` is its shape in words, as for `check_array`."""
-    array = as_array(name, value)
-    check_array(name, array, axes, (jnp.int32,))
-    return array
+    return _array_of(name, value, axes, jnp.int32)
 
 
 def sink_array(attn_sink: Any, h_q: int, why: str) -> jax.Array:
     """The argument attn_sink, f32 [h_q]."""
-    array = as_array("attn_sink", attn_sink)
-    check_array("attn_sink", array, "h_q", (jnp.float32,))
+    array = _array_of("attn_sink", attn_sink, "h_q", jnp.float32)
     check_axis("attn_sink", array, 0, h_q, why)
+    return array
+
+
+def _array_of(name: str, value: Any, axes: str | None, dtype: DTypeLike) -> jax.Array:
+    """`value` as an array; if it has another dtype, the message says how to convert it."""
+    array = as_array(name, value)
+    check_array(name, array, axes)
+    word = np.dtype(dtype).name
+    if array.dtype != dtype:
+        remedy = (
+            f"{name}.astype(jnp.{word})"
+            if hasattr(value, "astype")
+            else f"jnp.asarray({name}, jnp.{word})"
+        )
+        raise TypeError(f"{name} must have dtype {word}, got {array.dtype.name}; pass {remedy}")
     return array
 
 

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checks import (
-    as_array,
-    check_array,
     check_list_lengths,
     check_lists,
     describe,
@@ -122,8 +120,7 @@ def to_local_slots(indices: jax.Array, first: int | jax.Array, count: int) -> ja
       >>> fm.to_local_slots(indices, 64, 64)  # the second page of 64 tokens
       Array([[[-1, -1, -1,  0]]], dtype=int32)
     """
-    indices = as_array("indices", indices)
-    check_array("indices", indices, None, (jnp.int32,))
+    indices = int32_array("indices", indices, None)
     if isinstance(first, int | np.integer):
         first = jnp.int32(static_int("first", first, minimum=0))
     first = int32_array("first", first, None)
@@ -146,8 +143,7 @@ def lengths_of_lists(name: str, value: Any, lists: jax.Array) -> jax.Array:
     b, s_q, topk = lists.shape
     if value is None:
         return jnp.full((b, s_q), topk, jnp.int32)
-    lengths = as_array(name, value)
-    check_array(name, lengths, None, (jnp.int32,))
+    lengths = int32_array(name, value, None)
     check_list_lengths(name, lengths, lists)
     return jnp.broadcast_to(lengths[:, None], (b, s_q)) if lengths.ndim == 1 else lengths
 

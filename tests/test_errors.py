@@ -225,6 +225,38 @@ def test_numpy_integers_that_fit_into_int32():
     assert fm.get_slot_mapping(np.array([[7]]), positions[:, :0], 64).shape == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        (jnp.zeros(4, jnp.bfloat16), r"got bfloat16; pass attn_sink\.astype\(jnp\.float32\)$"),
+        (np.zeros(4, np.int32), r"got int32; pass attn_sink\.astype\(jnp\.float32\)$"),
+        ([0, 1, 2, 3], r"got int32; pass jnp\.asarray\(attn_sink, jnp\.float32\)$"),
+    ],
+)
+def test_sinks_of_another_dtype(value, remedy):
+    """As a checkpoint may hold them."""
+    message = rf"^attn_sink must have dtype float32, {remedy}"
+    for function in ("flash_mla_with_kvcache", "flash_mla_with_kvcache with indices"):
+        with pytest.raises(TypeError, match=message):
+            call(function, attn_sink=value)
+    with pytest.raises(TypeError, match=message):
+        call("merge_attention_states", attn_sink=value)
+
+
+@pytest.mark.parametrize(("function", "name"), INTEGERS)
+def test_integers_of_64_bits(function, name):
+    """As jax_enable_x64 makes them of lists and numpy arrays."""
+    value = np.asarray(FUNCTIONS[function][name], np.int64)
+    got = f"^{name} must have dtype int32, got int64; pass "
+    with jax.enable_x64(True):
+        for wide in (value, jnp.asarray(value)):
+            with pytest.raises(TypeError, match=got + rf"{name}\.astype\(jnp\.int32\)$"):
+                call(function, **{name: wide})
+        if value.ndim:  # a Python int may be a scalar
+            with pytest.raises(TypeError, match=got + rf"jnp\.asarray\({name}, jnp\.int32\)$"):
+                call(function, **{name: value.tolist()})
+
+
 def test_escaped_tracer_in_a_list():
     """JAX says what it is, as it does for one that is an argument itself."""
     escaped = []
