@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
@@ -64,7 +65,7 @@ class Op:
         primitive.def_abstract_eval(self._abstract_eval)
         mlir.register_lowering(primitive, self._lower_elsewhere)
         mlir.register_lowering(primitive, self._lower_for_cuda, platform="cuda")
-        batching.primitive_batchers[primitive] = self.batch
+        batching.primitive_batchers[primitive] = self._batch
         ad.primitive_jvps[primitive] = self._refuse_derivative
         ad.primitive_transposes[primitive] = self._refuse_derivative
         object.__setattr__(self, "primitive", primitive)
@@ -84,6 +85,28 @@ class Op:
             _aval_like(avals[0], shape, dtype)
             for shape, dtype in self.result_types(*avals, **params)
         ]
+
+    def _batch(
+        self,
+        args: Sequence[jax.Array],
+        dims: Sequence[int | None],
+        *,
+        implementation: str,
+        **params: Any,
+    ) -> tuple[Sequence[jax.Array], Sequence[int | None]]:
+        n = mapped_size(args, dims)
+        if not isinstance(n, int) or n > 0:
+            return self.batch(args, dims, implementation=implementation, **params)
+        # No examples: there is nothing to fold, and no kernel to call.
+        examples = [
+            x
+            if dim is None
+            else jax.ShapeDtypeStruct((*x.shape[:dim], *x.shape[dim + 1 :]), x.dtype)
+            for x, dim in zip(args, dims, strict=True)
+        ]
+        results = [jnp.zeros((0, *t), dtype) for t, dtype in self.result_types(*examples, **params)]
+        results = _cast_to_same_varying_axes([*args, *results])[len(args) :]
+        return results, [0] * len(results)
 
     def _refuse_derivative(self, *args: Any, **params: Any) -> None:
         raise NotImplementedError(
@@ -138,6 +161,11 @@ class Op:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def mapped_size(args: Sequence[jax.Array], dims: Sequence[int | None]) -> Any:
+    """The number of examples that vmap maps."""
+    return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
 
 
 def varying_axes(x: jax.Array) -> frozenset[Any]:

@@ -43,11 +43,6 @@ def scratch_types(parts: Any, h_kv: int, rows: int, head_dim_v: int) -> list[jax
 # Folding an axis that vmap maps into the batch.
 
 
-def mapped_size(args: Sequence[jax.Array], dims: Sequence[int | None]) -> Any:
-    """The number of examples that vmap maps."""
-    return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-
-
 def by_example(x: jax.Array, dim: int | None, n: Any) -> jax.Array:
     """[n, ...], the operand of each of n examples."""
     return jnp.broadcast_to(x, (n, *x.shape)) if dim is None else jnp.moveaxis(x, dim, 0)

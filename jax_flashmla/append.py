@@ -17,7 +17,7 @@ from ._checks import (
     int32_holds_slots,
     static_int,
 )
-from ._op import Op
+from ._op import Op, mapped_size
 from .reference import append as reference
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -162,7 +162,7 @@ def _batch(
     args: Sequence[jax.Array], dims: Sequence[int | None], *, implementation: str
 ) -> tuple[Sequence[jax.Array], Sequence[int]]:
     """Folds the mapped axis into the pages: example i owns the i-th run of pages."""
-    n = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    n = mapped_size(args, dims)
     if dims[0] is None:
         raise NotImplementedError(
             "vmap of append_kv_cache with k_cache not mapped would make a copy of the cache for "

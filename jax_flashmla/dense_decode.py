@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._op import Op
+from ._op import Op, mapped_size
 from ._split_kv import (
     SCHEDULE_OPERANDS,
     by_example,
     dtype_or_dims_gap,
     fold_sink,
-    mapped_size,
     merge_axes,
     remake_schedule,
     scratch_types,

@@ -19,13 +19,12 @@ from ._checks import (
     static_int,
 )
 from ._constants import TILE_TOKENS
-from ._op import Op
+from ._op import Op, mapped_size
 from ._split_kv import (
     SCHEDULE_OPERANDS,
     by_example,
     dtype_or_dims_gap,
     fold_sink,
-    mapped_size,
     merge_axes,
     remake_schedule,
     scratch_types,

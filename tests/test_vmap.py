@@ -1,8 +1,10 @@
 """Every op under jax.vmap gives what a loop over the examples gives, with one call of the op."""
 
+import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import ops
 import pytest
@@ -100,6 +102,38 @@ def test_nested_vmaps_give_what_loops_give(row, implementation, outer, inner):
         assert_one_call(row, run, arrays)
     for index, example in examples.items():
         row.check([x[index] for x in jax.jit(run)(*arrays)], example)
+
+
+@ops.each_run()
+@pytest.mark.parametrize("sizes", [(0,), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("mapped", ["all", "first"])
+def test_vmap_over_no_examples(row, implementation, sizes, mapped):
+    """An axis of size 0 gives results of size 0, and no kernel is called."""
+    of_first = mapped == "first" and not row.in_place
+    in_axes = tuple(0 if i == 0 or not of_first else None for i in range(len(row.operands)))
+    run = functools.reduce(
+        lambda f, _: jax.vmap(f, in_axes), sizes, row.with_implementation(implementation)
+    )
+    arrays = [
+        x if axis is None else jax.tree.map(lambda y: jnp.zeros((*sizes, *y.shape), y.dtype), x)
+        for x, axis in zip(row.arrays(), in_axes, strict=True)
+    ]
+    expected = jax.eval_shape(row.run, *row.structs())
+    for results in (run(*arrays), jax.jit(run)(*arrays)):
+        assert [(x.shape, x.dtype) for x in results] == [
+            ((*sizes, *x.shape), x.dtype) for x in expected
+        ]
+
+
+@pytest.mark.usefixtures("kernels")
+@ops.each(lambda row: row.targets)
+def test_vmap_over_no_examples_calls_no_kernel(row):
+    structs = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((0, *x.shape), x.dtype), x)
+        for x in row.structs()
+    ]
+    run = jax.vmap(row.with_implementation("cuda"))
+    assert not custom_calls(text_for_cuda(run, *structs))
 
 
 def signature(line):
