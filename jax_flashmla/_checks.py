@@ -132,6 +132,14 @@ def check_never_empty(name: str, x: Any, axis: int) -> None:
         )
 
 
+def exceeds(size: Any, limit: int) -> bool:
+    """Whether a size is above a limit; False for a symbolic one (jax.export) that may be so."""
+    try:
+        return bool(size > limit)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
 def int32_holds_slots(op: str, n: Any, pool: Any, implementation: str) -> bool:
     """Whether int32 holds the slots of n caches of `pool` slots, which vmap makes one cache of.
 

@@ -32,6 +32,12 @@ the first split adds the second one's result. Others go to the combine kernel.""
 TOTAL_COST_LIMIT = 2**30
 """The sum of all costs stays below this, so that int32 holds every sum."""
 
+MAX_BATCH = 2**24
+"""The most sequences of a schedule that a kernel makes."""
+
+MAX_LIST = (2**31 - 1) // 4
+"""The most entries of a token list in the kernel, so that int32 holds sums of two lengths."""
+
 SPLITS_PER_PART = 2
 """Partial results of a part: only its first and last sequence may be shared with other parts."""
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._checks import exceeds
+from ._constants import MAX_BATCH
 from ._op import Op, mapped_size
 from ._split_kv import (
     SCHEDULE_OPERANDS,
@@ -95,7 +97,14 @@ def _kernel(*args: jax.Array, **params: Any) -> tuple[jax.Array, jax.Array]:
     return out.reshape(b, s_q, h_q, head_dim_v), lse
 
 
-def _kernel_gap(q: Any, k_cache: Any, *_: Any, head_dim_v: int, **params: Any) -> str | None:
+def _kernel_gap(
+    q: Any, k_cache: Any, *_: Any, operands: tuple[str, ...], head_dim_v: int, **params: Any
+) -> str | None:
+    if "part_bounds" not in operands and exceeds(q.shape[0], MAX_BATCH):
+        return (
+            f"without a schedule there is a kernel for at most {MAX_BATCH} sequences, not for "
+            f"{q.shape[0]}"
+        )
     if k_cache.shape[1] not in KERNEL_PAGE_BLOCK_SIZES:
         page_gap = (
             f"there is a kernel for page_block_size in {KERNEL_PAGE_BLOCK_SIZES}, not for "

@@ -11,8 +11,15 @@ import numpy as np
 from jax import export
 
 from . import _ffi
-from ._checks import INT32_MAX, check_implementation, check_never_empty, int32_array, static_int
-from ._constants import ROW_TILE, TILE_TOKENS
+from ._checks import (
+    INT32_MAX,
+    check_implementation,
+    check_never_empty,
+    exceeds,
+    int32_array,
+    static_int,
+)
+from ._constants import MAX_BATCH, ROW_TILE, TILE_TOKENS
 from ._op import Op
 from .reference import schedule as reference
 
@@ -264,6 +271,14 @@ def _kernel(cache_seqlens: jax.Array, **params: Any) -> Sequence[jax.Array]:
     return results
 
 
+def _kernel_gap(cache_seqlens: Any, *, fixed_split_size: int | None, **_: Any) -> str | None:
+    """Why there is no kernel that makes the schedule of so many sequences, or None."""
+    b = cache_seqlens.shape[0]
+    if fixed_split_size is None and exceeds(b, MAX_BATCH):
+        return f"there is a kernel for at most {MAX_BATCH} sequences, not for {b}"
+    return None
+
+
 def _batch(
     args: Sequence[jax.Array], dims: Sequence[int | None], *, implementation: str, **params: Any
 ) -> tuple[Sequence[jax.Array], Sequence[int]]:
@@ -278,6 +293,6 @@ get_mla_metadata_op = Op(
     result_types=_result_types,
     reference=_reference,
     kernel=_kernel,
-    kernel_gap=lambda *_, **__: None,
+    kernel_gap=_kernel_gap,
     batch=_batch,
 )

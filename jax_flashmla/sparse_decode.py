@@ -14,11 +14,12 @@ from ._checks import (
     check_list_lengths,
     check_lists,
     describe,
+    exceeds,
     int32_array,
     int32_holds_slots,
     static_int,
 )
-from ._constants import TILE_TOKENS
+from ._constants import MAX_BATCH, MAX_LIST, TILE_TOKENS
 from ._op import Op, mapped_size
 from ._split_kv import (
     SCHEDULE_OPERANDS,
@@ -220,7 +221,22 @@ def _kernel(*args: jax.Array, **params: Any) -> tuple[jax.Array, jax.Array]:
     return out.reshape(b, s_q, h_q, head_dim_v), lse
 
 
-def _kernel_gap(q: Any, *_: Any, head_dim_v: int, **params: Any) -> str | None:
+def _kernel_gap(
+    q: Any,
+    k_cache: Any,
+    indices: Any,
+    *others: Any,
+    operands: tuple[str, ...],
+    head_dim_v: int,
+    **params: Any,
+) -> str | None:
+    count = q.shape[0] * q.shape[1]
+    if exceeds(count, MAX_BATCH):
+        return f"there is a kernel for at most {MAX_BATCH} token lists (b * s_q), not for {count}"
+    given = dict(zip((*_REQUIRED, *operands), (q, k_cache, indices, *others), strict=True))
+    for name in ("indices", "extra_indices_in_kvcache"):
+        if name in given and exceeds(topk := given[name].shape[2], MAX_LIST):
+            return f"there is a kernel for {name} of at most {MAX_LIST} entries, not for {topk}"
     return dtype_or_dims_gap(q, head_dim_v)
 
 

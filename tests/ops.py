@@ -342,6 +342,7 @@ decode_row = OpRow(
         ({"d_k": 288}, None, {"head_dim_v": 256}, "not for 288 and 256"),
         ({}, None, {"head_dim_v": 256}, "not for 576 and 256"),
         ({"page": 48}, None, {}, r"page_block_size in .*, not for 48"),
+        ({"b": 2**24 + 1}, None, {}, "at most 16777216 sequences, not for 16777217"),
         ({}, "float32", {}, "not for q in float32"),
     ),
     symbolic=("b", "pages", "max_blocks"),
@@ -457,6 +458,8 @@ sparse_row = OpRow(
     gaps=(
         ({"d_k": 288}, None, {"head_dim_v": 256}, "not for 288 and 256"),
         ({}, None, {"head_dim_v": 256}, "not for 576 and 256"),
+        ({"b": 2**23 + 1}, None, {}, r"at most 16777216 token lists .*, not for 16777218"),
+        ({"topk": 2**29}, None, {}, "indices of at most 536870911 entries, not for 536870912"),
         ({}, "float32", {}, "not for q in float32"),
     ),
     symbolic=("b", "pages"),
@@ -499,7 +502,10 @@ two_caches_row = dataclasses.replace(
     },
     made=1,  # the lengths for the schedule
     caches=("k_cache", "extra_k_cache"),
-    gaps=sparse_row.gaps[-1:],
+    gaps=(
+        ({"extra_topk": 2**29}, None, {}, "extra_indices_in_kvcache of at most 536870911 entries"),
+        *sparse_row.gaps[-1:],
+    ),
     cost=None,
     samples=(),
 )
@@ -530,6 +536,7 @@ schedule_row = OpRow(
     targets={SCHEDULE: 1},
     targets_under_vmap={},  # a decode under vmap drops what this gives, so it is left to XLA
     attributes={SCHEDULE: ("rows = 8 : i64",)},
+    gaps=(({"b": 2**24 + 1}, None, {}, "at most 16777216 sequences, not for 16777217"),),
     splits={"data": ("b",)},
     symbolic=("b",),
     samples=(),  # those of decode make schedules

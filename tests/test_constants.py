@@ -32,6 +32,8 @@ EQUAL = {
     },
     "split_kv/partial_result.cuh": {"kPartialsPerPart": "SPLITS_PER_PART"},
     "split_kv/work.cuh": {"kFlagsPerRowTile": "FLAGS_PER_ROW_TILE"},
+    "split_kv/operands.h": {"kMaxBatch": "MAX_BATCH"},
+    "sparse_decode/handler.cu": {"kMaxAxis": "MAX_LIST"},
     "dense_decode/handler.cu": {
         "kMinPage": min(dense_decode.KERNEL_PAGE_BLOCK_SIZES),
         "kMaxPage": max(dense_decode.KERNEL_PAGE_BLOCK_SIZES),
@@ -42,10 +44,18 @@ EQUAL = {
 def constants_of(file):
     """The integers that a CUDA file declares as constexpr, such as `kA = 64, kB = 1 << 17`."""
     text = (CUDA / file).read_text(encoding="utf-8")
+    text = text.replace("std::numeric_limits<int32_t>::max()", str(2**31 - 1))
     found = {}
-    for declaration in re.findall(r"^constexpr int (k[^;]+);", text, re.MULTILINE):
-        for name, base, shift in re.findall(r"(k\w+) = (\d+)(?: << (\d+))?(?:,|$)", declaration):
-            found[name] = int(base) << int(shift or 0)
+    for declaration in re.findall(r"^ *constexpr int(?:64_t)? (k[^;]+);", text, re.MULTILINE):
+        for name, base, operator, other in re.findall(
+            r"(k\w+) = (\d+)(?: (<<|/) (\d+))?(?:,|$)", declaration
+        ):
+            value = int(base)
+            if operator == "<<":
+                value <<= int(other)
+            elif operator == "/":
+                value //= int(other)
+            found[name] = value
     return found
 
 

@@ -51,6 +51,24 @@ def test_shapes_without_a_kernel(row, sizes, dtype, options, reason):
         text("cuda")
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("row", "sizes"),
+    [
+        (ops.decode_row, {"b": 2**24}),
+        (ops.given_row, {"b": 2**24}),
+        (ops.sparse_row, {"b": 2**23}),
+        (ops.sparse_row, {"topk": 2**29 - 1}),
+        (ops.two_caches_row, {"extra_topk": 2**29 - 1}),
+        (ops.schedule_row, {"b": 2**24}),
+    ],
+    ids=str,
+)
+def test_largest_sizes_with_a_kernel(row, sizes):
+    program = text_for_cuda(row.with_implementation("cuda"), *row.structs(**sizes))
+    assert custom_calls(program).keys() == row.targets.keys()
+
+
 @ops.each(lambda row: row.targets)
 def test_machine_without_the_kernels(row, machine):
     machine.takes_kernels(unavailable="it is Tuesday")
