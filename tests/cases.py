@@ -346,10 +346,26 @@ def assert_bit_equal(actual, expected):
         assert a.tobytes() == e.tobytes()
 
 
-def random_arrays(rng, schedule, most):
-    """A schedule of the same shapes, filled with random integers from -most to most - 1."""
+def schedules_of_garbage(rng, schedule, limits):
+    """Schedules of the same shapes that fit no lengths.
 
-    def draw(like):
-        return jnp.asarray(rng.integers(-most, most, like.shape), jnp.int32)
+    Yields for each n of `limits` one of random integers from -n to n - 1, and one of sequences that
+    are there with any tiles; then some in which the first part alone has work, from a far tile on.
+    """
+    metadata, num_splits = schedule
+    b, parts = metadata.batch, metadata.part_bounds.shape
 
-    return jax.tree.map(draw, schedule)
+    def draw(most, shape):
+        return jnp.asarray(rng.integers(-most, most, shape), jnp.int32)
+
+    def with_bounds(bounds):
+        return dataclasses.replace(metadata, part_bounds=jnp.asarray(bounds, jnp.int32))
+
+    for most in limits:
+        yield jax.tree.map(lambda like, most=most: draw(most, like.shape), schedule)
+        sequences, tiles = rng.integers(0, b + 1, parts[0]), draw(2**31, parts[0])
+        yield with_bounds(np.stack([sequences, tiles], axis=1)), num_splits
+    for tile in (2**25 + 7, INT32.max, INT32.min):
+        bounds = np.tile([b, 0], (parts[0], 1))
+        bounds[0] = 0, tile
+        yield with_bounds(bounds), num_splits

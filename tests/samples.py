@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sparse_calls
-from cases import D_K, D_V, UNUSED_ENTRY, random_arrays
+from cases import D_K, D_V, UNUSED_ENTRY
 
 import jax_flashmla as fm
 
@@ -69,8 +69,8 @@ def decode_sample(
         )
 
     if garbage:
-        for most in (b + 3, 2**31):
-            jax.block_until_ready(decode(*random_arrays(rng, schedule, most)))
+        for given in cases.schedules_of_garbage(rng, schedule, (b + 3, 2**31)):
+            jax.block_until_ready(decode(*given))
         return
     for given in ((), schedule):  # made by the call, and given
         out, _ = decode(*given)
@@ -120,8 +120,7 @@ def sparse_sample(
         inputs = inputs.replace(attn_sink=rng.standard_normal(h_q).astype(np.float32))
     schedule = sparse_calls.schedule_for(inputs, implementation)
     if garbage:
-        for most in (len(lengths) * s_q + 3, 2**31):
-            given = random_arrays(rng, schedule, most)
+        for given in cases.schedules_of_garbage(rng, schedule, (len(lengths) * s_q + 3, 2**31)):
             sparse_calls.decoded(inputs, implementation, schedule=given)
         return
     for given in ((None, None), schedule):  # made by the call, and given

@@ -102,9 +102,8 @@ def test_schedule_of_garbage(h_q):
     inputs = cases.make_inputs(Case(40, 1, 900, h_q, varlen=True), max_blocks=40)
     schedule = schedule_for(inputs.cache_seqlens, inputs, "cuda")
     rng = np.random.default_rng(h_q)
-    for most in (4, 43, 500, 2**31):
-        for _ in range(5):
-            decoded(inputs, "cuda", schedule=cases.random_arrays(rng, schedule, most))
+    for garbage in cases.schedules_of_garbage(rng, schedule, 5 * [4, 43, 500, 2**31]):
+        decoded(inputs, "cuda", schedule=garbage)
     check(inputs, "cuda", schedule=schedule)
 
 

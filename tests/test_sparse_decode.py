@@ -108,6 +108,21 @@ def test_lengths_of_any_int32(axes, implementation):
     assert np.isfinite(lse[4:, :, 0]).all()
 
 
+@pytest.mark.parametrize("extra_topk", [0, 133])
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_lengths_beyond_the_list_change_nothing(h_q, extra_topk, implementation):
+    """They are the length of the list, also for the schedule that the call makes."""
+    case = SparseCase(5, 1, h_q, 1500, extra_topk)
+    lengths = np.array([1500, 1500, 700, 1500, 0], np.int32)
+    inputs = cases.make_sparse_inputs(case, lengths=lengths)
+    expected = check(inputs, implementation)
+    for beyond in ([1501, 1501, 1501], [INT32.max, 1500, 2**30], [INT32.max] * 3):
+        far = lengths.copy()
+        far[lengths == 1500] = beyond
+        results = decoded(inputs.replace(topk_length=far), implementation)
+        cases.assert_bit_equal(results, expected)
+
+
 def test_a_length_holds_for_all_queries_of_its_sequence(implementation):
     lengths = np.array([0, 3, 100], np.int32)
     inputs = cases.make_sparse_inputs(SparseCase(3, 3, 8, 100), lengths=lengths)
@@ -440,9 +455,9 @@ def test_schedule_of_garbage_does_no_harm():
         case, lengths = LISTS[name]
         inputs = cases.make_sparse_inputs(case, lengths=lengths)
         schedule = schedule_for(inputs, "cuda")
-        for most in (2, case.b * case.s_q + 3, 2**31):
-            for _ in range(5):
-                decoded(inputs, "cuda", schedule=cases.random_arrays(rng, schedule, most))
+        limits = 5 * [2, case.b * case.s_q + 3, 2**31]
+        for garbage in cases.schedules_of_garbage(rng, schedule, limits):
+            decoded(inputs, "cuda", schedule=garbage)
         check(inputs, "cuda", schedule=schedule)
 
 
