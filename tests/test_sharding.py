@@ -84,6 +84,27 @@ def test_varying_result_is_not_taken_for_replicated(row, varying):
         jax.eval_shape(f(P()), *structs)
 
 
+@ops.each(lambda row: row.primitive)
+def test_results_of_no_examples_have_the_type_of_others(row):
+    """A vmap over an axis of size 0: if an operand differs by device, the results may too."""
+    mesh = cpu_mesh((2,), ("x",))
+    *same, last = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((0, *x.shape), x.dtype), operand)
+        for operand in row.structs()
+    ]
+    last = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((0, 2 * x.shape[1], *x.shape[2:]), x.dtype), last
+    )
+    specs = (*(P() for _ in same), P(None, "x"))
+
+    def f(out_specs):
+        return jax.shard_map(jax.vmap(row.run), mesh=mesh, in_specs=specs, out_specs=out_specs)
+
+    jax.eval_shape(f(P(None, "x")), *same, last)
+    with pytest.raises(ValueError, match="replicat"):
+        jax.eval_shape(f(P()), *same, last)
+
+
 # Where XLA would have to partition the call.
 
 
