@@ -1,4 +1,4 @@
-"""What the decode ops share: limits of their kernels, scratch memory, folding under vmap."""
+"""What the decode ops share: limits of their kernels, results, scratch, folding under vmap."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +25,14 @@ def dtype_or_dims_gap(q: Any, head_dim_v: int) -> str | None:
             f"head_dim_v {KERNEL_HEAD_DIM_V}, not for {q.shape[3]} and {head_dim_v}"
         )
     return None
+
+
+def result_types(
+    q: Any, *_: Any, head_dim_v: int, **params: Any
+) -> list[tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes of out and lse, of any decode of q."""
+    b, s_q, h_q, _ = q.shape
+    return [((b, s_q, h_q, head_dim_v), q.dtype), ((b, h_q, s_q), jnp.float32)]
 
 
 def scratch_types(parts: Any, h_kv: int, rows: int, head_dim_v: int) -> list[jax.ShapeDtypeStruct]:

@@ -17,6 +17,7 @@ from ._split_kv import (
     fold_sink,
     merge_axes,
     remake_schedule,
+    result_types,
     scratch_types,
     split_axis,
 )
@@ -27,13 +28,6 @@ KERNEL_PAGE_BLOCK_SIZES = (16, 32, 64, 128, 256)
 _REQUIRED = ("q", "k_cache", "block_table", "cache_seqlens")
 # The others, in this order, are SCHEDULE_OPERANDS, causal_offset, attn_sink: those that a call has
 # are named in its static parameter `operands`. attn_sink is [1, h_q], or [b, h_q] under vmap.
-
-
-def _result_types(
-    q: Any, *_: Any, head_dim_v: int, **params: Any
-) -> list[tuple[tuple[int, ...], Any]]:
-    b, s_q, h_q, _ = q.shape
-    return [((b, s_q, h_q, head_dim_v), q.dtype), ((b, h_q, s_q), jnp.float32)]
 
 
 def _reference(
@@ -177,7 +171,7 @@ def _fold_caches(k_cache: jax.Array, block_table: jax.Array) -> tuple[jax.Array,
 
 flash_mla_with_kvcache_op = Op(
     name="flash_mla_with_kvcache",
-    result_types=_result_types,
+    result_types=result_types,
     reference=_reference,
     kernel=_kernel,
     kernel_gap=_kernel_gap,

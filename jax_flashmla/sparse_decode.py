@@ -28,6 +28,7 @@ from ._split_kv import (
     fold_sink,
     merge_axes,
     remake_schedule,
+    result_types,
     scratch_types,
     split_axis,
 )
@@ -160,13 +161,6 @@ def _seqlens(
         return length
     in_tiles = length + -length % TILE_TOKENS
     return in_tiles + jnp.clip(extra_length, 0, extra_indices.shape[-1])
-
-
-def _result_types(
-    q: Any, *_: Any, head_dim_v: int, **params: Any
-) -> list[tuple[tuple[int, ...], Any]]:
-    b, s_q, h_q, _ = q.shape
-    return [((b, s_q, h_q, head_dim_v), q.dtype), ((b, h_q, s_q), jnp.float32)]
 
 
 def _reference(
@@ -313,7 +307,7 @@ def _shift(slots: jax.Array, pool: Any) -> jax.Array:
 sparse_decode_op = Op(
     name="sparse_flash_mla_with_kvcache",
     public_name=_PUBLIC_NAME,
-    result_types=_result_types,
+    result_types=result_types,
     reference=_reference,
     kernel=_kernel,
     kernel_gap=_kernel_gap,

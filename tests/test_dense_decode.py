@@ -275,28 +275,12 @@ def test_many_short_sequences_again_and_again(longest, h_q):
     table = jnp.asarray(rng.integers(0, 400, (b, 8)), jnp.int32)
     lengths = jnp.asarray(rng.integers(1, longest + 1, b), jnp.int32)
 
-    def run(lengths, implementation="cuda"):
+    def run(lengths, implementation):
         return fm.flash_mla_with_kvcache(
             q, k_cache, table, lengths, D_V, implementation=implementation
         )
 
-    @jax.jit
-    def count_wrong(lengths, expected):
-        def body(carry, _):
-            lengths, wrong = carry
-            differs = [(a != e).any() for a, e in zip(run(lengths), expected, strict=True)]
-            carry = jax.lax.optimization_barrier((lengths, wrong + (differs[0] | differs[1])))
-            return carry, None
-
-        return jax.lax.scan(body, (lengths, jnp.int32(0)), length=calls)[0][1]
-
-    first, plain = run(lengths), run(lengths, "xla")
-    # Values of up to 5.5, weighed by numbers of 8 bits and rounded to 8 bits, twice: 0.03 at most.
-    # A row of wrong queries is off by more than that, mostly by far.
-    for name, atol, a, e in zip(("out", "lse"), (0.05, 0.02), first, plain, strict=True):
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        np.testing.assert_allclose(a, e, rtol=0, atol=atol, err_msg=name)
-    assert count_wrong(lengths, first) == 0
+    cases.assert_right_again_and_again(run, lengths, calls)
 
 
 @pytest.mark.gpu
