@@ -1,4 +1,4 @@
-"""Times a whole model: examples/deepseek with random weights of DeepSeek-V2-Lite's dimensions.
+"""Times a whole model: examples/models with random weights of DeepSeek-V2-Lite's dimensions.
 
     python benchmarks/bench_model.py             -> benchmarks/results/<card>_model.json
     python benchmarks/bench_model.py --smoke     a tiny model on the CPU
@@ -36,10 +36,10 @@ from core import plain, report
 from core.run import Run, parse, parser_of
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
-from examples.deepseek import model
-from examples.deepseek.config import ModelConfig
-from examples.deepseek.decoding import Decoder, State
-from examples.deepseek.weights import random_weights
+from examples.models import model
+from examples.models.config import ModelConfig
+from examples.models.decoding import Decoder, State
+from examples.models.weights import random_weights
 
 OP_NAME, NAME, PAGE = "model", "deepseek-v2-lite", 64
 SECTIONS = ("step", "prefill")
@@ -352,7 +352,7 @@ def peak(line):
 
 
 STEP = """
-`python benchmarks/bench_model.py`: examples/deepseek with random weights of DeepSeek-V2-Lite's
+`python benchmarks/bench_model.py`: examples/models with random weights of DeepSeek-V2-Lite's
 dimensions ({gigabytes:.1f} GB in bfloat16). A greedy step of the whole model is compared with a
 step whose attention is {baseline}. Share of attention: how much shorter the step is without
 attention. Peak GB: the most memory in use up to then."""

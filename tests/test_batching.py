@@ -1,4 +1,4 @@
-"""The page manager and the continuous batching of examples/deepseek.
+"""The page manager and the continuous batching of examples/models.
 
 Most tests run a toy model with integers in its cache. A cache entry is a token and a hash of all
 tokens up to it, computed from the entry before. The next token is a hash of all entries. So a wrong
@@ -18,8 +18,8 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 
 import jax_flashmla as mla
-from examples.deepseek.batching import ContinuousBatcher, make_step
-from examples.deepseek.block_manager import BlockManager, OutOfPages
+from examples.models.batching import ContinuousBatcher, make_step
+from examples.models.block_manager import BlockManager, OutOfPages
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 settings = functools.partial(hypothesis.settings, deadline=None, derandomize=True, database=None)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lowering import PASSED_ON, operations_on
 
-from examples.deepseek.batching import ContinuousBatcher, make_step
+from examples.models.batching import ContinuousBatcher, make_step
 
 # Relative L2 error of any token's logits. In float32 what remains is the order of sums; bfloat16
 # rounds cache entries, queries and results to 8 bits, and the layers' errors add up.

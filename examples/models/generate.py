@@ -1,8 +1,8 @@
 """Generates text with a model of the DeepSeek family.
 
-    python -m examples.deepseek.generate --model FOLDER --prompt "Why is the sky blue?"
-    python -m examples.deepseek.generate --random-weights deepseek-v2-lite --batch 32
-    python -m examples.deepseek.generate --model FOLDER --prompt "..." --prompt "..." --slots 1
+    python -m examples.models.generate --model FOLDER --prompt "Why is the sky blue?"
+    python -m examples.models.generate --random-weights deepseek-v2-lite --batch 32
+    python -m examples.models.generate --model FOLDER --prompt "..." --prompt "..." --slots 1
 
 FOLDER is from Hugging Face and has config.json, tokenizer.json and *.safetensors. A prompt is used
 as it is: if the model expects a chat template, write it into the prompt. With random weights there
@@ -37,7 +37,7 @@ def count(text):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m examples.deepseek.generate",
+        prog="python -m examples.models.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Tests the parts of examples/deepseek, on several devices and compiled for an H200."""
+"""Tests the parts of examples/models, on several devices and compiled for an H200."""
 
 import dataclasses
 import functools
@@ -13,14 +13,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from lowering import PASSED_ON, operations_on
 
-from examples.deepseek import generate
-from examples.deepseek import model as model_module
-from examples.deepseek.config import PRESETS, ModelConfig
-from examples.deepseek.decoding import Decoder, State, allocate
-from examples.deepseek.model import experts, forward, init_cache
-from examples.deepseek.parallel import Layout
-from examples.deepseek.sampling import greedy, sample
-from examples.deepseek.weights import Leaf, leaves, random_weights
+from examples.models import generate
+from examples.models import model as model_module
+from examples.models.config import PRESETS, ModelConfig
+from examples.models.decoding import Decoder, State, allocate
+from examples.models.model import experts, forward, init_cache
+from examples.models.parallel import Layout
+from examples.models.sampling import greedy, sample
+from examples.models.weights import Leaf, leaves, random_weights
 from jax_flashmla import _op
 
 TINY = {

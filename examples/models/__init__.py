@@ -10,7 +10,7 @@ decoding.py       a fixed batch: prompts in chunks, then a loop of steps on the 
 parallel.py       several devices
 block_manager.py  hands out pages, shares them, takes them back
 batching.py       continuous batching: requests join and leave between steps
-generate.py       the command: python -m examples.deepseek.generate --help
+generate.py       the command: python -m examples.models.generate --help
 
 batching.py and block_manager.py work with any model.
 """

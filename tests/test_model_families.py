@@ -1,4 +1,4 @@
-"""Compares examples/deepseek with the models of transformers, on the CPU in float32.
+"""Compares examples/models with the models of transformers, on the CPU in float32.
 
 The two share only the checkpoint's files. Transformers writes them, and has attention without
 absorption or pages, routing and rotary positions of its own.
@@ -31,12 +31,12 @@ from transformers import (
     DeepseekV3ForCausalLM,
 )
 
-from examples.deepseek import generate
-from examples.deepseek.config import ModelConfig
-from examples.deepseek.decoding import Decoder, allocate
-from examples.deepseek.model import forward, init_cache
-from examples.deepseek.parallel import Layout
-from examples.deepseek.weights import Leaf, leaves, load_weights
+from examples.models import generate
+from examples.models.config import ModelConfig
+from examples.models.decoding import Decoder, allocate
+from examples.models.model import forward, init_cache
+from examples.models.parallel import Layout
+from examples.models.weights import Leaf, leaves, load_weights
 
 torch.set_num_threads(1)  # jax has threads of its own
 pytestmark = pytest.mark.usefixtures("quick_compile")
