@@ -1,9 +1,7 @@
-"""The dimensions and rules of a DeepSeek-family model, from its Hugging Face config.json."""
+"""The dimensions and rules of a model. families.py reads them from a Hugging Face folder."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,14 +9,12 @@ class Yarn:
     """YaRN (https://arxiv.org/abs/2309.00071), for positions past the trained length."""
 
     factor: float
-    original_length: int
+    original_length: float
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def magnitude(self, mscale):
-        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+    truncate: bool = True  # whether the pairs between which it interpolates are whole numbers
+    rotation_scale: float = 1.0  # of cosine and sine
+    softmax_scale: float = 1.0  # on top of the usual scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +36,6 @@ class ModelConfig:
     experts_per_token: int = 0
     shared_experts: int = 0
     dense_layers: int = 0  # the first layers, which have no experts
-    moe_layer_freq: int = 1  # after them, a layer has experts if its index is a multiple of this
     topk_method: str = "greedy"  # or group_limited_greedy, or noaux_tc
     groups: int = 1
     groups_per_token: int = 1
@@ -55,6 +50,7 @@ class ModelConfig:
     eos: tuple[int, ...] = ()
     fp8_block: tuple[int, int] | None = None  # block size of the checkpoint's FP8 matrices
     extra_layers: int = 0  # layers after the model's in the checkpoint; they predict more tokens
+    max_positions: int | None = None  # the longest sequence that the model was made for
 
     @property
     def entry_dim(self):
@@ -65,25 +61,26 @@ class ModelConfig:
     def softmax_scale(self):
         """Depends on the width of a head before absorption, and on YaRN."""
         scale = (self.nope_dim + self.rope_dim) ** -0.5
-        return scale * (self.yarn.magnitude(self.yarn.mscale_all_dim) ** 2 if self.yarn else 1.0)
+        return scale * (self.yarn.softmax_scale if self.yarn else 1.0)
 
     def has_experts(self, layer):
-        late = layer >= self.dense_layers and layer % self.moe_layer_freq == 0
-        return self.experts > 0 and late
+        return self.experts > 0 and layer >= self.dense_layers
 
     @classmethod
     def from_hf(cls, source):
-        """Reads a Hugging Face configuration.
+        """Reads a Hugging Face configuration, with transformers.
 
         Args:
-          source: the contents of a config.json as a dict, or the folder with that file.
+          source: the contents of a config.json as a dict, or the folder with that file. In a folder
+            generation_config.json is read too.
 
         Raises:
+          FileNotFoundError: the folder has no config.json.
           ValueError: a key has a value that is not supported here.
         """
-        if not isinstance(source, dict):
-            source = json.loads((Path(source) / "config.json").read_text("utf-8"))
-        return _from_hf(source)
+        from .families import read  # imported here, because families.py imports this class
+
+        return read(source)
 
     @classmethod
     def named(cls, name, layers=None):
@@ -95,166 +92,41 @@ class ModelConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"the model must be one of {', '.join(PRESETS)}, got {name!r}")
-        config = cls.from_hf(PRESETS[name])
+        config = PRESETS[name]
         return config if layers is None else dataclasses.replace(config, layers=layers)
 
 
-# The values of keys that a config.json may leave out.
-_DEFAULTS = {
-    "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True},
-}
-_DEFAULTS["kimi_k2"] = _DEFAULTS["deepseek_v3"]
-
-_SCORING = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
+def _deepseek(mscale, factor, beta_fast=32.0, **fields):
+    """The fields that these models share. Their mscale and mscale_all_dim are equal."""
+    softmax_scale = (0.1 * mscale * math.log(factor) + 1.0) ** 2
+    yarn = Yarn(factor, 4096.0, beta_fast, softmax_scale=softmax_scale)
+    head = {"kv_lora_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
+    return ModelConfig(**head, yarn=yarn, **fields)
 
 
-def _from_hf(hf):
-    _require(hf, "model_type", tuple(_DEFAULTS))
-    hf = {**_DEFAULTS[hf["model_type"]], **hf}
-    _require(hf, "topk_method", tuple(_SCORING))
-    _require(hf, "scoring_func", (_SCORING[hf["topk_method"]],))
-    _require(hf, "hidden_act", ("silu",))
-    _require(hf, "attention_bias", (False, None))
-    _require(hf, "mlp_bias", (False, None))
-    _require(hf, "num_key_value_heads", (hf["num_attention_heads"], None))
-    if hf["model_type"] == "deepseek_v2":
-        # Implementations differ in how it combines with routed_scaling_factor.
-        _require(hf, "norm_topk_prob", (False, None))
-        _require(hf, "rope_interleave", (True, None))
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    eos = hf.get("eos_token_id")
-    return ModelConfig(
-        vocab=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        q_lora_rank=hf.get("q_lora_rank"),
-        kv_lora_rank=hf["kv_lora_rank"],
-        nope_dim=hf["qk_nope_head_dim"],
-        rope_dim=hf["qk_rope_head_dim"],
-        value_dim=hf["v_head_dim"],
-        mlp_width=hf["intermediate_size"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(hf.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        rope_interleave=hf.get("rope_interleave") is not False,
-        yarn=_yarn(rope),
-        tied=bool(hf.get("tie_word_embeddings")),
-        bos=hf.get("bos_token_id"),
-        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        fp8_block=_fp8_block(hf.get("quantization_config")),
-        extra_layers=hf.get("num_nextn_predict_layers") or 0,
-        **_experts(hf),
-    )
-
-
-def _experts(hf):
-    experts = hf.get("n_routed_experts") or 0
-    if not experts:
-        return {}
-    groups = hf.get("n_group") or 1
-    if hf["topk_method"] == "greedy":
-        groups = 1  # n_group may be there, but this method ignores it
-    if experts % groups:
-        raise ValueError(
-            f"config.json: n_group {groups} does not divide n_routed_experts {experts}"
-        )
-    groups_per_token = min(hf.get("topk_group") or 1, groups)
-    per_token, eligible = hf["num_experts_per_tok"], experts // groups * groups_per_token
-    if per_token > eligible:
-        raise ValueError(
-            f"config.json: num_experts_per_tok is {per_token}, but topk_group leaves {eligible} "
-            f"of the {experts} experts to choose from"
-        )
-    return {
-        "expert_width": hf["moe_intermediate_size"],
-        "experts": experts,
-        "experts_per_token": per_token,
-        "shared_experts": hf.get("n_shared_experts") or 0,
-        "dense_layers": hf.get("first_k_dense_replace") or 0,
-        "moe_layer_freq": hf.get("moe_layer_freq") or 1,
-        "topk_method": hf["topk_method"],
-        "groups": groups,
-        "groups_per_token": groups_per_token,
-        "normalize_routing": bool(hf["norm_topk_prob"]),
-        "routing_scale": float(hf.get("routed_scaling_factor") or 1.0),
-    }
-
-
-def _yarn(rope):
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _require({"rope_scaling type": kind}, "rope_scaling type", ("yarn", "default"))
-    _require(rope, "attention_factor", (None,))
-    _require(rope, "truncate", (None, True))
-    _require(rope, "partial_rotary_factor", (None, 1.0))
-    if kind == "default":
-        return None
-    return Yarn(
-        factor=float(rope["factor"]),
-        original_length=rope["original_max_position_embeddings"],
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(rope.get("mscale") or 1),
-        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
-    )
-
-
-def _fp8_block(quantization):
-    if not quantization:
-        return None
-    _require(quantization, "quant_method", ("fp8",))
-    block = quantization.get("weight_block_size")
-    if not (isinstance(block, list | tuple) and len(block) == 2):
-        raise ValueError(f"config.json: weight_block_size must be two sizes, got {block!r}")
-    return tuple(block)
-
-
-def _require(hf, key, allowed):
-    """Raises ValueError if the value is not allowed. Only model_type must be present."""
-    value = hf.get(key, None if key == "model_type" else allowed[0])
-    if value not in allowed:
-        expected = " or ".join(repr(one) for one in allowed)
-        raise ValueError(f"config.json: {key} is {value!r}; supported: {expected}")
-
-
-def _preset(model_type, mscale, factor, beta_fast=32, **keys):
-    yarn = {
-        "type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": beta_fast,
-        "beta_slow": 1,
-        "mscale": mscale,
-        "mscale_all_dim": mscale,
-    }
-    head = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128}
-    return {"model_type": model_type, "rope_scaling": yarn, **head, "v_head_dim": 128, **keys}
-
-
+# Without tokens that end a text: with random weights they mean nothing.
 PRESETS = {
-    "deepseek-v2-lite": _preset(
-        "deepseek_v2", 0.707, 40, vocab_size=102400, hidden_size=2048, intermediate_size=10944,
-        moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16,
-        n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6, first_k_dense_replace=1,
+    "deepseek-v2-lite": _deepseek(
+        0.707, 40.0, vocab=102400, width=2048, layers=27, heads=16, q_lora_rank=None,
+        mlp_width=10944, expert_width=1408, experts=64, experts_per_token=6, shared_experts=2,
+        dense_layers=1, max_positions=163840,
     ),
-    "deepseek-v2": _preset(
-        "deepseek_v2", 0.707, 40, vocab_size=102400, hidden_size=5120, intermediate_size=12288,
-        moe_intermediate_size=1536, num_hidden_layers=60, num_attention_heads=128,
-        q_lora_rank=1536, n_shared_experts=2, n_routed_experts=160, num_experts_per_tok=6,
-        first_k_dense_replace=1, topk_method="group_limited_greedy", n_group=8, topk_group=3,
-        routed_scaling_factor=16.0,
+    "deepseek-v2": _deepseek(
+        0.707, 40.0, vocab=102400, width=5120, layers=60, heads=128, q_lora_rank=1536,
+        mlp_width=12288, expert_width=1536, experts=160, experts_per_token=6, shared_experts=2,
+        dense_layers=1, topk_method="group_limited_greedy", groups=8, groups_per_token=3,
+        routing_scale=16.0, max_positions=163840,
     ),
-    "deepseek-v3": _preset(
-        "deepseek_v3", 1.0, 40, vocab_size=129280, hidden_size=7168, intermediate_size=18432,
-        moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128,
-        q_lora_rank=1536, n_shared_experts=1, n_routed_experts=256, num_experts_per_tok=8,
-        first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+    "deepseek-v3": _deepseek(
+        1.0, 40.0, vocab=129280, width=7168, layers=61, heads=128, q_lora_rank=1536,
+        mlp_width=18432, expert_width=2048, experts=256, experts_per_token=8, shared_experts=1,
+        dense_layers=3, topk_method="noaux_tc", groups=8, groups_per_token=4,
+        normalize_routing=True, routing_scale=2.5, max_positions=163840,
     ),
-    "kimi-k2": _preset(
-        "kimi_k2", 1.0, 32, beta_fast=1, vocab_size=163840, hidden_size=7168,
-        intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
-        num_attention_heads=64, q_lora_rank=1536, n_shared_experts=1, n_routed_experts=384,
-        num_experts_per_tok=8, first_k_dense_replace=1, n_group=1, topk_group=1,
-        routed_scaling_factor=2.827, rope_theta=50000.0,
+    "kimi-k2": _deepseek(
+        1.0, 32.0, beta_fast=1.0, vocab=163840, width=7168, layers=61, heads=64, q_lora_rank=1536,
+        mlp_width=18432, expert_width=2048, experts=384, experts_per_token=8, shared_experts=1,
+        dense_layers=1, topk_method="noaux_tc", normalize_routing=True, routing_scale=2.827,
+        rope_theta=50000.0, max_positions=131072,
     ),
 }  # fmt: skip

@@ -21,8 +21,10 @@ def frequencies(config):
     def pair_that_turns(times):
         return dim * math.log(yarn.original_length / (times * 2 * math.pi)) / 2 / math.log(theta)
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     slowed = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
     return (plain * (1 - slowed) + plain / yarn.factor * slowed).astype(np.float32)
 
@@ -30,9 +32,7 @@ def frequencies(config):
 def rotation(config, positions):
     """(cosine, sine) of i32 positions [...], each f32 [..., rope_dim / 2]."""
     angle = positions[..., None].astype(jnp.float32) * frequencies(config)
-    size = 1.0
-    if (yarn := config.yarn) is not None:
-        size = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim)
+    size = config.yarn.rotation_scale if config.yarn else 1.0
     return jnp.cos(angle) * size, jnp.sin(angle) * size
 
 
