@@ -1,13 +1,7 @@
-"""Reads a Hugging Face checkpoint, and says where each of its tensors goes."""
+"""Says where each tensor of a Hugging Face checkpoint goes, and checks that all are there."""
 
 import dataclasses
-import json
-import mmap
 import re
-from pathlib import Path
-
-import jax.numpy as jnp
-import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +96,7 @@ def check(tensors, wanted, config):
     """Checks that a checkpoint has the tensors of the model.
 
     Args:
-      tensors: from `open_folder`.
+      tensors: from `open_folder` of shards.py.
       wanted: from `checkpoint_tensors`.
 
     Raises:
@@ -116,7 +110,11 @@ def check(tensors, wanted, config):
             for name, shape in wanted.items()
             if name in tensors and tensors[name].dtype.itemsize == 1
         }
-    surplus = [n for n in tensors if n not in wanted and not _may_be_there(n, config)]
+    surplus = [
+        name
+        for name, tensor in tensors.items()
+        if name not in wanted and not _may_be_there(name, tensor.shape, config)
+    ]
     wrong = [f"missing    {name} {list(shape)}" for name, shape in wanted.items()
              if name not in tensors]  # fmt: skip
     wrong += [f"surplus    {name} {list(tensors[name].shape)}" for name in surplus]
@@ -140,81 +138,13 @@ def check(tensors, wanted, config):
         )
 
 
-def _may_be_there(name, config):
+def _may_be_there(name, shape, config):
     """Whether a checkpoint may have this tensor although decoding does not need it.
 
-    That is so for constants, a tied head, and layers that predict further tokens.
+    That is so for constants, a tied head, layers that predict further tokens, and tensors without
+    elements (transformers saves those of zero shared experts).
     """
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     extra = layer and 0 <= int(layer[1]) - config.layers < config.extra_layers
-    return (
-        extra or name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
-    )
-
-
-# -------------------- The files
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, read on demand."""
-
-    shard: mmap.mmap
-    place: tuple[str, int]  # file and offset
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    def read(self):
-        count = int(np.prod(self.shape, dtype=np.int64))
-        return np.frombuffer(self.shard, self.dtype, count, self.place[1]).reshape(self.shape)
-
-
-_DTYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "F8_E4M3": jnp.float8_e4m3fn,
-}
-
-
-def open_folder(folder):
-    """{name: StoredTensor} of all files of a folder."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise FileNotFoundError(f"there are no *.safetensors in {folder}")
-    tensors = {}
-    for name in names:
-        tensors |= open_shard(folder / name)
-    return tensors
-
-
-def open_shard(path):
-    """{name: StoredTensor} of one file.
-
-    The format (https://huggingface.co/docs/safetensors) is a length, a JSON header, the data. We do
-    not use the safetensors library because its numpy reader cannot read FP8.
-    """
-    with open(path, "rb") as file:
-        shard = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(shard[:8], "little")
-    header = json.loads(shard[8:start])
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{path}: {name} is {entry['dtype']}; supported are {', '.join(_DTYPES)}"
-            )
-    return {
-        name: StoredTensor(
-            shard,
-            (str(path), start + entry["data_offsets"][0]),
-            np.dtype(_DTYPES[entry["dtype"]]),
-            tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }
+    tied_head = config.tied and name == "lm_head.weight"
+    return extra or name.endswith("rotary_emb.inv_freq") or tied_head or 0 in shape

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .checkpoint import check, checkpoint_tensors, open_folder
+from .checkpoint import check, checkpoint_tensors
+from .shards import open_folder
 
 
 @dataclasses.dataclass(frozen=True)
