@@ -39,6 +39,8 @@ def read(source):
         folder = Path(source)
         source = _read_json(folder / "config.json")
     name = source.get("model_type")
+    if name in REFUSED:
+        raise ValueError(f"config.json: model_type {name!r} is not supported: {REFUSED[name]}")
     if name not in FAMILIES:
         raise ValueError(
             f"config.json: model_type is {name!r}; supported are {', '.join(sorted(FAMILIES))}"
@@ -108,13 +110,77 @@ def _deepseek_v2(hf):
     return ModelConfig(**common(hf), **experts(hf, hf.topk_method, groups, normalize=False))
 
 
-def _deepseek_v3(hf):
+def _deepseek_v3(hf, dense=None):
     require(hf, "scoring_func", "sigmoid")
     require(hf, "topk_method", "noaux_tc")
     return ModelConfig(
         **common(hf),
-        **experts(hf, "noaux_tc", groups=True, normalize=bool(hf.norm_topk_prob)),
+        **experts(hf, "noaux_tc", groups=True, normalize=bool(hf.norm_topk_prob), dense=dense),
         rope_interleave=bool(hf.rope_interleave),
+    )
+
+
+def _glm4_moe_lite(hf):
+    return _deepseek_v3(hf, dense_of_layer_types(hf))
+
+
+def _axk1(hf):
+    return dataclasses.replace(
+        _glm4_moe_lite(hf),
+        mlp_out_norm=True,
+        router_bias_optional=True,
+        # The released checkpoints have this norm in dense layers too, where it is not used.
+        unneeded=r"model\.layers\.\d+\.post_mlp_layernorm\.weight",
+    )
+
+
+def _youtu(hf):
+    require(hf, "mlp_bias", False)
+    return ModelConfig(**common(hf), rope_interleave=bool(hf.rope_interleave))
+
+
+def _kimi_k25(hf):
+    """The language model. Images need the rest, which is not read."""
+    require(hf.text_config, "model_type", "deepseek_v3")
+    config = _deepseek_v3(hf.text_config)
+    return dataclasses.replace(
+        config,
+        tied=bool(hf.tie_word_embeddings),
+        fp8_block=fp8_block(getattr(hf, "quantization_config", None)) or config.fp8_block,
+        tensor_prefix="language_model.",
+        unneeded=r"(model\.)?(vision_tower|mm_projector)\.",
+    )
+
+
+def _longcat_flash(hf):
+    # transformers' class computes with these values, whatever config.json says.
+    require(hf, "attention_method", "MLA")
+    require(hf, "mla_scale_q_lora", True)
+    require(hf, "mla_scale_kv_lora", True)
+    require(hf, "norm_topk_prob", False)
+    require(hf, "rope_interleave", True, None)
+    require(hf, "router_bias", False)
+    require(hf, "zero_expert_type", "identity")
+    require(hf, "qk_head_dim", hf.qk_nope_head_dim + hf.qk_rope_head_dim)
+    count, zero, per_token = size(hf, "n_routed_experts"), hf.zero_expert_num, size(hf, "moe_topk")
+    if per_token > count + zero:
+        raise ValueError(
+            f"config.json: moe_topk is {per_token}, but n_routed_experts and zero_expert_num give "
+            f"{count + zero} experts to choose from"
+        )
+    return ModelConfig(
+        **common(hf),
+        expert_width=size(hf, "expert_ffn_hidden_size"),
+        experts=count,
+        experts_per_token=per_token,
+        topk_method="noaux_tc",
+        routing_scale=float(hf.routed_scaling_factor),
+        paired_layers=True,
+        zero_experts=zero,
+        softmax_scores=True,
+        query_scale=(hf.hidden_size / size(hf, "q_lora_rank")) ** 0.5,
+        latent_scale=(hf.hidden_size / size(hf, "kv_lora_rank")) ** 0.5,
+        unneeded=r"model\.mtp\.",  # it predicts more tokens
     )
 
 
@@ -123,6 +189,19 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepSeek-V3, R1, V3.1", _deepseek_v3, "DeepseekV3ForCausalLM"),
     # Its folder has a class of its own, which says that the layers are those of DeepSeek-V3.
     "kimi_k2": Family("Kimi-K2", _deepseek_v3, "DeepseekV3ForCausalLM", "DeepseekV3Config"),
+    "kimi_k25": Family(
+        "Kimi-K2.5 and K2.6, text only", _kimi_k25, "Kimi_K25ForConditionalGeneration"
+    ),
+    "glm4_moe_lite": Family("GLM-4.7-Flash", _glm4_moe_lite, "Glm4MoeLiteForCausalLM"),
+    "sarvam_mla": Family("Sarvam-105B", _deepseek_v3, "DeepseekV3ForCausalLM"),
+    "youtu": Family("Youtu-LLM", _youtu, "YoutuForCausalLM"),
+    "axk1": Family("A.X-K1", _axk1, "AXK1ForCausalLM"),
+    "longcat_flash": Family("LongCat-Flash", _longcat_flash, "LongcatFlashForCausalLM"),
+}
+
+REFUSED = {
+    "kimi_linear": "three of four layers are linear attention, which keeps one state for each "
+    "sequence and no cache of tokens",
 }
 
 
@@ -158,7 +237,7 @@ def common(hf):
     }
 
 
-def experts(hf, topk_method, groups, normalize):
+def experts(hf, topk_method, groups, normalize, dense=None):
     """The fields about experts: {} if no layer has any.
 
     Args:
@@ -166,11 +245,12 @@ def experts(hf, topk_method, groups, normalize):
       topk_method: how a token's experts are chosen, as in ModelConfig.
       groups: whether they are chosen within groups.
       normalize: whether the weights of a token's experts are normalized.
+      dense: the layers without experts; None for the first first_k_dense_replace.
     """
     # transformers' classes ignore it; DeepSeek's own code does not.
     require(hf, "moe_layer_freq", 1)
-    dense_layers = hf.first_k_dense_replace or 0
-    if dense_layers >= hf.num_hidden_layers:
+    dense_layers = (hf.first_k_dense_replace or 0) if dense is None else 0
+    if dense_layers >= hf.num_hidden_layers or len(dense or ()) == hf.num_hidden_layers:
         return {}
     count, per_token = size(hf, "n_routed_experts"), size(hf, "num_experts_per_tok")
     groups, kept = (size(hf, "n_group"), size(hf, "topk_group")) if groups else (1, 1)
@@ -190,12 +270,31 @@ def experts(hf, topk_method, groups, normalize):
         "experts_per_token": per_token,
         "shared_experts": hf.n_shared_experts,
         "dense_layers": dense_layers,
+        "dense_at": dense or (),
         "topk_method": topk_method,
         "groups": groups,
         "groups_per_token": kept,
         "normalize_routing": normalize,
         "routing_scale": float(hf.routed_scaling_factor),
     }
+
+
+def dense_of_layer_types(hf):
+    """The layers that mlp_layer_types calls dense."""
+    types, layers = hf.mlp_layer_types, size(hf, "num_hidden_layers")
+    if len(types) != layers or not {*types} <= {"dense", "sparse"}:
+        raise ValueError(
+            f"config.json: mlp_layer_types is {types!r}; it must be 'dense' or 'sparse' for each "
+            f"of the {layers} layers"
+        )
+    dense = tuple(i for i, kind in enumerate(types) if kind == "dense")
+    first = getattr(hf, "first_k_dense_replace", None)
+    if first is not None and dense != tuple(range(first)):
+        raise ValueError(
+            f"config.json: first_k_dense_replace is {first}, but mlp_layer_types says that the "
+            f"dense layers are {list(dense)}"
+        )
+    return dense
 
 
 def rope(hf):
