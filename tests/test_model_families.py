@@ -5,112 +5,71 @@ absorption or pages, routing and rotary positions of its own.
 """
 
 import functools
-import json
-import os
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
-    for package in ("torch", "transformers", "tqdm", "tokenizers"):
-        pytest.importorskip(package)
-
-import torch
-from safetensors.torch import load_file, save_file
+from saved_models import CASES, load, make_model, rewrite_config, rewrite_tensors, torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-)
 
 from examples.models import generate
-from examples.models.config import ModelConfig
 from examples.models.decoding import Decoder, allocate
+from examples.models.families import FAMILIES
 from examples.models.model import forward, init_cache
-from examples.models.parallel import Layout
-from examples.models.weights import Leaf, leaves, load_weights
 
-torch.set_num_threads(1)  # jax has threads of its own
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PAGE, CHUNK, STEPS = 16, 32, 64
 # At the ends of pages and chunks. With STEPS all go past the 64 tokens that YaRN extends.
 PROMPT_LENGTHS = (70, 1, 15, 16, 17, 32, 33, 47)
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of the largest logit
+CLEAR = 1e-3  # a smaller gap between the two largest logits does not decide which token it is
 
-YARN = {
-    "type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 0.8,  # not equal to mscale, so that the rotation is scaled too
+
+# -------------------- Folders as they are published, where transformers saves something else
+
+
+def publish_kimi_k2(tensors):
+    pass
+
+
+def publish_kimi_k25(tensors):
+    for name in [name for name in tensors if ".model.blocks." in name]:
+        tensors[name.replace("blocks", "layers")] = tensors.pop(name)
+
+
+def publish_glm(tensors):
+    tensors["model.layers.2.eh_proj.weight"] = torch.ones(2, 2)
+
+
+def publish_axk1(tensors):
+    """Without the router's bias, and with the norm after the MLP in dense layers too."""
+    for name in [name for name in tensors if "e_score_correction_bias" in name]:
+        assert not tensors.pop(name).any()
+    assert "model.layers.1.post_mlp_layernorm.weight" not in tensors
+    tensors["model.layers.1.post_mlp_layernorm.weight"] = torch.ones(64)
+
+
+def publish_longcat(tensors):
+    """Without matrices of the experts that return their input, and with a layer for more tokens."""
+    surplus = re.compile(r".*\.experts\.1[2-4]\.(gate|up)_proj\.weight")
+    for name in [name for name in tensors if surplus.fullmatch(name)]:
+        del tensors[name]
+    tensors["model.mtp.norm.weight"] = torch.ones(64)
+
+
+# {name: (changes to config.json, changes to the tensors)}
+PUBLISHED = {
+    "kimi-k2": ({"model_type": "kimi_k2"}, publish_kimi_k2),
+    "kimi-k2.5": ({}, publish_kimi_k25),
+    "glm": ({"num_nextn_predict_layers": 1}, publish_glm),
+    "axk1-other": ({}, publish_axk1),
+    "longcat": ({}, publish_longcat),
 }
-SIZES = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 32,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 24,
-    "v_head_dim": 20,
-    "max_position_embeddings": 256,
-    "eos_token_id": None,
-}
-GROUPS = {"n_group": 4, "topk_group": 2}
-
-# {name: (changes to SIZES, changes to config.json after transformers wrote it)}
-V2 = {
-    "v2": (
-        {**GROUPS, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0,
-         "rope_scaling": YARN}, {},
-    ),
-    "v2-lite": ({"q_lora_rank": None, "n_shared_experts": 2, "rope_scaling": YARN}, {}),
-    "v2-tied": ({"tie_word_embeddings": True, "first_k_dense_replace": 0}, {}),
-}  # fmt: skip
-V3 = {
-    "v3": ({**GROUPS, "rope_scaling": YARN}, {}),
-    "v3-halves": ({**GROUPS, "rope_interleave": False, "norm_topk_prob": False}, {}),
-    # Transformers has no class for it. Its layers are those of DeepSeek-V3, without groups.
-    "kimi-k2": (
-        {"n_group": 1, "topk_group": 1, "n_routed_experts": 12, "rope_theta": 50000.0,
-         "rope_scaling": {**YARN, "beta_fast": 1, "mscale_all_dim": 1.0},
-         "routed_scaling_factor": 2.827},
-        {"model_type": "kimi_k2"},
-    ),
-}  # fmt: skip
-
-
-def randomize(model, seed):
-    """Sets weights that give large logits, and softmaxes and routing that are far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        normal = torch.randn(x.shape, generator=generator)
-        if name.endswith("inv_freq"):
-            continue
-        if "norm" in name:
-            x.data = 1 + 0.3 * normal
-        elif "e_score_correction_bias" in name:
-            x.data = 0.1 * normal - 1  # so that experts are chosen among negative numbers
-        else:
-            x.data = 1.5 * normal * (x.shape[-1] ** -0.5)
 
 
 @pytest.fixture(scope="module")
@@ -122,32 +81,24 @@ def model(request, tmp_path_factory):
     these errors would add up to more than the tolerance.
     """
     name = request.param
-    changes, rewritten = (V2 | V3)[name]
-    config, cls = (
-        (DeepseekV2Config, DeepseekV2ForCausalLM)
-        if name in V2
-        else (DeepseekV3Config, DeepseekV3ForCausalLM)
-    )
-    theirs = cls(config(**SIZES | changes)).eval()
-    randomize(theirs, seed=len(name))
-    folder = tmp_path_factory.mktemp(name)
+    theirs, folder = make_model(name, seed=len(name)), tmp_path_factory.mktemp(name)
+    if name == "axk1-other":
+        for buffer, x in theirs.named_buffers():
+            if "e_score_correction_bias" in buffer:
+                x.data = torch.zeros_like(x)
     theirs.save_pretrained(folder, max_shard_size="100KB")
-    rewrite_config(folder, rewritten)
-    theirs.set_experts_implementation("eager")  # the other implementations do not take float64
+    if name in PUBLISHED:
+        changes, change = PUBLISHED[name]
+        saved, folder = folder, tmp_path_factory.mktemp(f"{name}-published")
+        (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+        rewrite_config(folder, changes)
+        rewrite_tensors(saved, folder, change)
+    if any("experts" in part for part, _ in theirs.named_modules()) and "longcat" not in name:
+        theirs.set_experts_implementation("eager")  # the other ones do not take float64
     return theirs.double(), folder
 
 
-def rewrite_config(folder, changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-every_model = pytest.mark.parametrize("model", [*V2, *V3], indirect=True)
-
-
-def load(folder, **options):
-    config = ModelConfig.from_hf(folder)
-    return config, load_weights(folder, config, jnp.float32, progress=False, **options)
+every_model = pytest.mark.parametrize("model", CASES, indirect=True)
 
 
 def make_prompts(vocab, lengths=PROMPT_LENGTHS, seed=0):
@@ -155,13 +106,22 @@ def make_prompts(vocab, lengths=PROMPT_LENGTHS, seed=0):
     return [rng.integers(0, vocab, length).tolist() for length in lengths]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames="config",
-    donate_argnames="cache",
-)
-def step(params, config, cache, tokens, table, lengths, new):
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def read_chunk(params, config, cache, tokens, table, lengths, new):
     return forward(params, config, cache, tokens, table, lengths, new, all_logits=True)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps"))
+def decode(params, config, cache, token, table, lengths, steps):
+    """(tokens [steps, b] from `token` on, the logits after each)."""
+
+    def step(carry, _):
+        cache, token, lengths = carry
+        args = token[:, None], table, lengths + 1, jnp.ones_like(lengths)
+        logits, cache = forward(params, config, cache, *args)
+        return (cache, jnp.argmax(logits, -1).astype(jnp.int32), lengths + 1), (token, logits)
+
+    return jax.lax.scan(step, (cache, token, lengths), length=steps)[1]
 
 
 def our_logits(params, config, prompts, steps):
@@ -170,39 +130,39 @@ def our_logits(params, config, prompts, steps):
     All sequences start in the first chunk. So shorter sequences have columns of padding in their
     last chunk, and no new token in the chunks after it.
     """
-    lengths = np.array([len(prompt) for prompt in prompts])
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     table, pages = allocate(lengths + steps, PAGE)
     # Pages from the last one down. The last slot of the last page is where slot -1 of the next
     # layer would be if -1 were not kept, and the first sequence uses that page.
-    table = np.where(table < 0, -1, pages - 1 - table)
+    table = np.where(table < 0, -1, pages - 1 - table).astype(np.int32)
     cache = init_cache(config, pages, PAGE, jnp.float32).at[:].set(jnp.nan)
     found = [[] for _ in prompts]
-
-    def run(tokens, ends, new):
-        nonlocal cache
-        args = (tokens, table, ends, new)
-        logits, cache = step(params, config, cache, *(np.asarray(x, np.int32) for x in args))
-        for i, count in enumerate(new):
-            found[i].extend(np.asarray(logits[i, tokens.shape[1] - count :]))
-
     for start in range(0, lengths.max(), CHUNK):
         new = np.clip(lengths - start, 0, CHUNK)
-        tokens = np.full((len(prompts), CHUNK), 7)
+        tokens = np.full((len(prompts), CHUNK), 7, np.int32)
         for row, prompt, count in zip(tokens, prompts, new, strict=True):
             row[CHUNK - count :] = prompt[start : start + count]
-        run(tokens, np.where(new > 0, start + new, 0), new)
-    sequences = [list(prompt) for prompt in prompts]
-    for i in range(steps):
-        for sequence, logits in zip(sequences, found, strict=True):
-            sequence.append(int(np.argmax(logits[-1])))
-        tokens = np.array([[sequence[-1]] for sequence in sequences])
-        run(tokens, lengths + i + 1, np.ones_like(lengths))
-    return sequences, [np.array(logits) for logits in found]
+        ends = np.where(new > 0, start + new, 0).astype(np.int32)
+        logits, cache = read_chunk(params, config, cache, tokens, table, ends, new)
+        for i, count in enumerate(new):
+            found[i].extend(np.asarray(logits[i, CHUNK - count :]))
+    first = np.array([np.argmax(logits[-1]) for logits in found], np.int32)
+    tokens, logits = map(np.array, decode(params, config, cache, first, table, lengths, steps))
+    return (
+        [[*prompt, *tokens[:, i].tolist()] for i, prompt in enumerate(prompts)],
+        [np.concatenate([before, logits[:, i]]) for i, before in enumerate(found)],
+    )
 
 
 def their_logits(model, sequence):
     with torch.no_grad():
         return model(torch.tensor([sequence])).logits[0].numpy()
+
+
+def assert_close(actual, expected):
+    largest = np.abs(expected).max()
+    assert largest > 1  # random weights, but not nearly equal logits
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * largest)
 
 
 @every_model
@@ -211,22 +171,36 @@ def test_logits_and_greedy_tokens(model):
     config, params = load(folder)
     prompts = make_prompts(config.vocab)
     sequences, ours = our_logits(params, config, prompts, STEPS)
+    compared = 0
     for prompt, sequence, logits in zip(prompts, sequences, ours, strict=True):
         expected = their_logits(theirs, sequence)
-        assert np.abs(expected).max() > 1  # or the tolerance would be too loose
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
-        greedy = np.argmax(expected[len(prompt) - 1 : -1], axis=-1)
-        assert sequence[len(prompt) :] == greedy.tolist()
+        assert_close(logits, expected)
+        expected = expected[len(prompt) - 1 : -1]
+        second, first = np.sort(expected, axis=-1)[:, -2:].T
+        clear = first - second > CLEAR
+        compared += clear.sum()
+        tokens = np.array(sequence[len(prompt) :])
+        np.testing.assert_array_equal(tokens[clear], np.argmax(expected, axis=-1)[clear])
+    assert compared > 0.98 * len(prompts) * STEPS
 
 
-@pytest.mark.parametrize("model", ["kimi-k2"], indirect=True)
+def test_every_family_is_compared():
+    model_types = {"kimi-k2": "kimi_k2"}
+    for name in CASES.keys() - model_types.keys():
+        theirs = make_model(name)
+        model_types[name] = theirs.config.model_type
+        assert FAMILIES[model_types[name]].compared_with == type(theirs).__name__
+    assert {*model_types.values()} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("model", ["kimi-k2", "longcat"], indirect=True)
 def test_one_sequence(model):
     """A step has one token. Then the experts' weights are copied."""
     theirs, folder = model
     config, params = load(folder)
     assert 3 * config.experts_per_token <= config.experts
     (sequence,), (logits,) = our_logits(params, config, [[11]], 20)
-    np.testing.assert_allclose(logits, their_logits(theirs, sequence), rtol=0, atol=TOLERANCE)
+    assert_close(logits, their_logits(theirs, sequence))
 
 
 @pytest.mark.parametrize("model", ["v2-lite", "kimi-k2"], indirect=True)
@@ -281,123 +255,3 @@ def test_command(model, slots, capsys):
     assert shown.out == f"{expected[0]}\n\n--- w8\n{expected[1]}\n"
     said = r"2 at a time, generated [\d.]+ tokens/s" if slots else r"/s, [\d.]+ ms a step"
     assert re.search(rf"3 sequences on 1 x cpu: .*{said}", shown.err)
-
-
-# -------------------- Checkpoints
-
-
-v3 = pytest.mark.parametrize("model", ["v3"], indirect=True)
-
-
-def save_as_one_file(folder, target, change):
-    """Copies the model into one file without an index, after `change` has changed its tensors."""
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-    change(tensors)
-    shutil.copy(folder / "config.json", target)
-    save_file(tensors, target / "model.safetensors")
-
-
-@v3
-def test_one_file_gives_the_same_weights_as_several(model, tmp_path):
-    _, folder = model
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    save_as_one_file(folder, tmp_path, lambda tensors: None)
-    jax.tree.map(np.testing.assert_array_equal, load(folder)[1], load(tmp_path)[1])
-
-
-@v3
-def test_weights_have_the_sharding_of_the_layout(model):
-    layout = Layout.over("tp", jax.devices("cpu")[:2])
-    config, params = load(model[1], place=layout.place)
-    is_leaf = {"is_leaf": lambda x: isinstance(x, Leaf)}
-    expected = jax.tree.map(layout.place, leaves(config), **is_leaf)
-    assert jax.tree.map(lambda x: x.sharding.spec, params) == jax.tree.map(
-        lambda sharding: sharding.spec, expected
-    )
-    assert params["layers"][1]["experts_down"].addressable_shards[1].data.shape == (8, 24, 64)
-    jax.tree.map(np.testing.assert_array_equal, params, load(model[1])[1])
-
-
-@v3
-def test_wrong_tensors_are_listed(model, tmp_path):
-    def change(tensors):
-        tensors["model.layers.1.mlp.experts.3.stray.weight"] = tensors.pop(
-            "model.layers.1.mlp.experts.3.up_proj.weight"
-        )
-        tensors["model.norm.weight"] = torch.ones(63)
-        # Allowed: a tensor of the layer that predicts one more token, and a constant.
-        tensors["model.layers.3.eh_proj.weight"] = torch.ones(2, 2)
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-        # Not allowed: there is only one such layer.
-        tensors["model.layers.4.eh_proj.weight"] = torch.ones(2, 2)
-
-    save_as_one_file(model[1], tmp_path, change)
-    with pytest.raises(ValueError, match="4 tensors are wrong") as error:
-        load(tmp_path)
-    assert [line.split() for line in str(error.value).splitlines()[1:]] == [
-        ["misshapen", "model.norm.weight", "[63],", "expected", "[64]"],
-        ["missing", "model.layers.1.mlp.experts.3.up_proj.weight", "[48,", "64]"],
-        ["surplus", "model.layers.1.mlp.experts.3.stray.weight", "[48,", "64]"],
-        ["surplus", "model.layers.4.eh_proj.weight", "[2,", "2]"],
-    ]
-
-
-@v3
-def test_a_folder_without_weights(model, tmp_path):
-    shutil.copy(model[1] / "config.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match="safetensors"):
-        load(tmp_path)
-
-
-FP8_BLOCK = (40, 24)  # divides no axis, so the last blocks are smaller
-
-
-def quantize(weight):
-    """(FP8 values, a scale for each block), as in the published DeepSeek-V3."""
-    rows, columns = (-(-n // size) for n, size in zip(weight.shape, FP8_BLOCK, strict=True))
-    scale = torch.zeros(rows, columns)
-    values = torch.zeros(weight.shape)
-    for i in range(rows):
-        for j in range(columns):
-            block = np.s_[
-                i * FP8_BLOCK[0] : (i + 1) * FP8_BLOCK[0], j * FP8_BLOCK[1] : (j + 1) * FP8_BLOCK[1]
-            ]
-            scale[i, j] = weight[block].abs().max() / 448
-            values[block] = weight[block] / scale[i, j]
-    return values.to(torch.float8_e4m3fn), scale
-
-
-def dequantize(values, scale):
-    """The values times their scales, with numpy, element by element."""
-    row, column = np.indices(values.shape)
-    scale = scale.numpy()[row // FP8_BLOCK[0], column // FP8_BLOCK[1]]
-    return torch.from_numpy(values.float().numpy() * scale)
-
-
-@v3
-def test_fp8_blocks(model, tmp_path):
-    _, folder = model
-    quantized = [tmp_path / "fp8", tmp_path / "plain"]
-
-    def change(tensors, keep_fp8):
-        for name in list(tensors):
-            if "experts" in name or name.endswith("b_proj.weight"):
-                values, scale = quantize(tensors[name])
-                tensors[name] = values if keep_fp8 else dequantize(values, scale)
-                if keep_fp8:
-                    tensors[f"{name}_scale_inv"] = scale
-
-    for path, keep_fp8 in zip(quantized, (True, False), strict=True):
-        path.mkdir()
-        save_as_one_file(folder, path, functools.partial(change, keep_fp8=keep_fp8))
-    with pytest.raises(ValueError, match=r"in FP8 .*kv_b_proj\.weight"):
-        load(quantized[0])
-    quantization = {"quant_method": "fp8", "weight_block_size": list(FP8_BLOCK)}
-    rewrite_config(quantized[0], {"quantization_config": quantization})
-    (_, fp8), (_, plain) = map(load, quantized)
-    jax.tree.map(np.testing.assert_array_equal, fp8, plain)
-    before = load(folder)[1]["layers"][1]["key_up"]
-    after = fp8["layers"][1]["key_up"]
-    assert 1e-3 < np.linalg.norm(after - before) / np.linalg.norm(before) < 0.05

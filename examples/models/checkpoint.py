@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+import numpy as np
+
 ROUTER_BIAS = "e_score_correction_bias"
 
 
@@ -164,6 +166,18 @@ def check(tensors, wanted, config):
         raise ValueError(
             f"the checkpoint does not fit its config.json; {len(wrong)} tensors are wrong:"
             f"\n  {shown}{more}"
+        )
+    if config.tied:
+        _check_tied_head(tensors, config.tensor_prefix)
+
+
+def _check_tied_head(tensors, prefix):
+    """Raises ValueError if there is a head that is not the embedding: transformers would use it."""
+    head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    if head in tensors and not np.array_equal(tensors[head].read(), tensors[embedding].read()):
+        raise ValueError(
+            f"{head} differs from {embedding}, but config.json says that they are one: set its "
+            "tie_word_embeddings to false"
         )
 
 
