@@ -20,6 +20,7 @@ from examples.models import generate
 from examples.models.decoding import Decoder, allocate
 from examples.models.families import FAMILIES
 from examples.models.model import forward, init_cache
+from examples.models.parallel import Layout
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -203,11 +204,16 @@ def test_one_sequence(model):
     assert_close(logits, their_logits(theirs, sequence))
 
 
-@pytest.mark.parametrize("model", ["v2-lite", "kimi-k2"], indirect=True)
-def test_decoder(model):
+# On two devices the norm of A.X-K1's experts must come after the sum over devices, and what
+# LongCat's zero experts add must not be summed.
+@pytest.mark.parametrize(
+    ("model", "kind"), [("v2-lite", None), ("axk1", "tp"), ("longcat", "tp")], indirect=["model"]
+)
+def test_decoder(model, kind):
     """The loop on the device gives the tokens of transformers' loop, and stops at the same one."""
     theirs, folder = model
-    config, params = load(folder)
+    layout = Layout.over(kind, jax.devices("cpu")[:2])
+    config, params = load(folder, place=layout.place)
     prompts, expected = make_prompts(config.vocab, (3, 40, 17), seed=2), []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
@@ -220,7 +226,7 @@ def test_decoder(model):
         )
         expected.append(answer[0, len(prompt) :].tolist())
     end = expected[1][7]  # the second sequence ends here or before
-    decoder = Decoder(params, config, chunk=16, eos=[end, 1000])
+    decoder = Decoder(params, config, layout=layout, chunk=16, eos=[end, 1000])
     state = decoder.start(3, [len(p) + 20 for p in prompts], page_block_size=PAGE)
     state = decoder.prefill(state, prompts)
     first, state = decoder.decode(state, 10)
