@@ -39,7 +39,7 @@ def read(source):
         folder = Path(source)
         source = _read_json(folder / "config.json")
     name = source.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"config.json: model_type is {name!r}; supported are {', '.join(sorted(FAMILIES))}"
         )

@@ -79,7 +79,9 @@ def open_shard(path):
     try:
         file = safe_open(path, framework="numpy")
     except SafetensorError as error:
-        raise ValueError(f"{path} {_damage(path) or f'is damaged: {error}; download it again'}") from error
+        raise ValueError(
+            f"{path} {_damage(path) or f'is damaged: {error}; download it again'}"
+        ) from error
     start, header = _header(path)
     tensors = {}
     for rank, name in enumerate(file.offset_keys()):
