@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+ROUTER_BIAS = "e_score_correction_bias"
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -23,17 +25,27 @@ def checkpoint_tensors(config):
     if not config.tied:
         found["lm_head.weight"] = ((vocab, m), [Target(("head",))])
     for layer in range(config.layers):
-        path = ("layers", layer)
-        tensors = _attention_tensors(config, path)
-        if config.has_experts(layer):
-            tensors |= _expert_tensors(config, path)
-        else:
-            tensors |= _mlp_tensors("mlp.", path, "", m, config.mlp_width)
-        found |= {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-    return found
+        prefix, tensors = _layer_tensors(config, layer)
+        found |= {f"model.layers.{prefix}.{name}": tensor for name, tensor in tensors.items()}
+    return {f"{config.tensor_prefix}{name}": tensor for name, tensor in found.items()}
 
 
-def _attention_tensors(config, path):
+def _layer_tensors(config, layer):
+    """(The layer's number in the checkpoint, its tensors)."""
+    path = ("layers", layer)
+    if config.paired_layers:  # two of ours are one there, and its parts are numbered 0 and 1
+        there, part, mlp = layer // 2, f".{layer % 2}", f"mlps.{layer % 2}."
+    else:
+        there, part, mlp = layer, "", "mlp."
+    found = _attention_tensors(config, path, part)
+    if config.has_mlp(layer):
+        found |= _mlp_tensors(mlp, path, "", config.width, config.mlp_width)
+    if config.has_experts(layer):
+        found |= _expert_tensors(config, path)
+    return there, found
+
+
+def _attention_tensors(config, path, part):
     m, c, h = config.width, config.kv_lora_rank, config.heads
     r, e, v = config.q_lora_rank, config.nope_dim + config.rope_dim, config.value_dim
 
@@ -41,22 +53,22 @@ def _attention_tensors(config, path):
         return shape, [Target((*path, leaf))]
 
     found = {
-        "input_layernorm.weight": one((m,), "attention_norm"),
-        "post_attention_layernorm.weight": one((m,), "mlp_norm"),
-        "self_attn.kv_a_proj_with_mqa.weight": one((config.entry_dim, m), "kv_down"),
-        "self_attn.kv_a_layernorm.weight": one((c,), "kv_norm"),
-        "self_attn.kv_b_proj.weight": (
+        f"input_layernorm{part}.weight": one((m,), "attention_norm"),
+        f"post_attention_layernorm{part}.weight": one((m,), "mlp_norm"),
+        f"self_attn{part}.kv_a_proj_with_mqa.weight": one((config.entry_dim, m), "kv_down"),
+        f"self_attn{part}.kv_a_layernorm.weight": one((c,), "kv_norm"),
+        f"self_attn{part}.kv_b_proj.weight": (
             (h * (config.nope_dim + v), c),
             [Target((*path, leaf), part=leaf) for leaf in ("key_up", "value_up")],
         ),
-        "self_attn.o_proj.weight": one((m, h * v), "out"),
+        f"self_attn{part}.o_proj.weight": one((m, h * v), "out"),
     }
     if r is None:
-        return found | {"self_attn.q_proj.weight": one((h * e, m), "query")}
+        return found | {f"self_attn{part}.q_proj.weight": one((h * e, m), "query")}
     return found | {
-        "self_attn.q_a_proj.weight": one((r, m), "query_down"),
-        "self_attn.q_a_layernorm.weight": one((r,), "query_norm"),
-        "self_attn.q_b_proj.weight": one((h * e, r), "query"),
+        f"self_attn{part}.q_a_proj.weight": one((r, m), "query_down"),
+        f"self_attn{part}.q_a_layernorm.weight": one((r,), "query_norm"),
+        f"self_attn{part}.q_b_proj.weight": one((h * e, r), "query"),
     }
 
 
@@ -71,10 +83,14 @@ def _mlp_tensors(name, path, prefix, m, f):
 
 def _expert_tensors(config, path):
     m, f, experts = config.width, config.expert_width, config.experts
-    found = {"mlp.gate.weight": ((experts, m), [Target((*path, "router"))])}
+    scored = experts + config.zero_experts
+    name, matrix = ("router", "classifier.weight") if config.paired_layers else ("gate", "weight")
+    found = {f"mlp.{name}.{matrix}": ((scored, m), [Target((*path, "router"))])}
     if config.topk_method == "noaux_tc":
-        bias = (experts,), [Target((*path, "router_bias"))]
-        found["mlp.gate.e_score_correction_bias"] = bias
+        bias = (scored,), [Target((*path, "router_bias"))]
+        found[f"mlp.{name}.{ROUTER_BIAS}"] = bias
+    if config.mlp_out_norm:
+        found["post_mlp_layernorm.weight"] = (m,), [Target((*path, "mlp_out_norm"))]
     if config.shared_experts:
         width = f * config.shared_experts
         found |= _mlp_tensors("mlp.shared_experts.", path, "shared_", m, width)
@@ -87,6 +103,19 @@ def _expert_tensors(config, path):
             f"{name}down_proj.weight": ((m, f), [Target(down, (i,), "transposed")]),
         }
     return found
+
+
+def as_published(tensors):
+    """The tensors of a folder under the names that published checkpoints have.
+
+    Transformers 5.24 saves the layers of Kimi-K2.5's language model under another name than the
+    one it reads: it takes "blocks", which are those of the vision tower, for all layers.
+    """
+    saved, published = "language_model.model.blocks.", "language_model.model.layers."
+    return {
+        published + name[len(saved) :] if name.startswith(saved) else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 # -------------------- Checking that the checkpoint fits the model
@@ -116,7 +145,7 @@ def check(tensors, wanted, config):
         if name not in wanted and not _may_be_there(name, tensor.shape, config)
     ]
     wrong = [f"missing    {name} {list(shape)}" for name, shape in wanted.items()
-             if name not in tensors]  # fmt: skip
+             if name not in tensors and not _may_be_absent(name, config)]  # fmt: skip
     wrong += [f"surplus    {name} {list(tensors[name].shape)}" for name in surplus]
     wrong += [
         f"misshapen  {name} {list(tensors[name].shape)}, expected {list(shape)}"
@@ -141,10 +170,21 @@ def check(tensors, wanted, config):
 def _may_be_there(name, shape, config):
     """Whether a checkpoint may have this tensor although decoding does not need it.
 
-    That is so for constants, a tied head, layers that predict further tokens, and tensors without
-    elements (transformers saves those of zero shared experts).
+    That is so for constants, a tied head, layers that predict further tokens, matrices of zero
+    experts, what the family calls unneeded, and tensors without elements (transformers saves those
+    of zero shared experts).
     """
+    name = name.removeprefix(config.tensor_prefix)
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     extra = layer and 0 <= int(layer[1]) - config.layers < config.extra_layers
-    tied_head = config.tied and name == "lm_head.weight"
-    return extra or name.endswith("rotary_emb.inv_freq") or tied_head or 0 in shape
+    expert = re.search(r"\.experts\.(\d+)\.(gate|up)_proj\.weight$", name)
+    zero = expert and 0 <= int(expert[1]) - config.experts < config.zero_experts
+    tied = config.tied and name == "lm_head.weight"
+    unneeded = config.unneeded and re.match(config.unneeded, name)
+    constant = name.endswith("rotary_emb.inv_freq")
+    return bool(extra or zero or tied or unneeded or constant or 0 in shape)
+
+
+def _may_be_absent(name, config):
+    """Whether zeros are meant if a checkpoint does not have this tensor."""
+    return config.router_bias_optional and name.endswith(ROUTER_BIAS)

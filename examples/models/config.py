@@ -51,6 +51,17 @@ class ModelConfig:
     fp8_block: tuple[int, int] | None = None  # block size of the checkpoint's FP8 matrices
     extra_layers: int = 0  # layers after the model's in the checkpoint; they predict more tokens
     max_positions: int | None = None  # the longest sequence that the model was made for
+    # What some families have beside DeepSeek's.
+    dense_at: tuple[int, ...] = ()  # more layers without experts
+    paired_layers: bool = False  # all layers have an MLP; experts of an even one add after the next
+    zero_experts: int = 0  # experts after the others that return their input
+    softmax_scores: bool = False  # with noaux_tc: scores are a softmax, not sigmoids
+    mlp_out_norm: bool = False  # a norm of what the experts return
+    query_scale: float = 1.0  # of the normed query of rank q_lora_rank
+    latent_scale: float = 1.0  # of the normed latent
+    router_bias_optional: bool = False  # a checkpoint without the router's bias means zeros
+    tensor_prefix: str = ""  # of tensors' names
+    unneeded: str | None = None  # a pattern of the names of tensors that decoding does not need
 
     @property
     def entry_dim(self):
@@ -64,7 +75,13 @@ class ModelConfig:
         return scale * (self.yarn.softmax_scale if self.yarn else 1.0)
 
     def has_experts(self, layer):
-        return self.experts > 0 and layer >= self.dense_layers
+        if self.paired_layers:
+            return self.experts > 0 and layer % 2 == 0
+        dense = layer < self.dense_layers or layer in self.dense_at
+        return self.experts > 0 and not dense
+
+    def has_mlp(self, layer):
+        return self.paired_layers or not self.has_experts(layer)
 
     @classmethod
     def from_hf(cls, source):
@@ -78,7 +95,7 @@ class ModelConfig:
           FileNotFoundError: the folder has no config.json.
           ValueError: a key has a value that is not supported here.
         """
-        from .families import read  # imported here, because families.py imports this class
+        from .folder import read  # imported here, because families.py imports this class
 
         return read(source)
 

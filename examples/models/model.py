@@ -83,14 +83,19 @@ def forward(
 
     # Unrolled, because a scan would slice each layer out of stacked weights and so copy them (the
     # experts of a V2-Lite layer are 1.1 GB). XLA also makes one CUDA graph of unrolled layers.
-    x = params["embedding"][tokens].astype(jnp.float32)
+    x, late = params["embedding"][tokens].astype(jnp.float32), None
     for layer, w in enumerate(params["layers"]):
         y = rms_norm(x, w["attention_norm"], config.norm_eps)
         attended, cache = attention(w, config, y, cache, layer, step)
         x = x + over_devices(attended)
         y = rms_norm(x, w["mlp_norm"], config.norm_eps)
-        update = experts(w, config, y) if "router" in w else mlp(w["gate_up"], w["down"], y)
-        x = x + over_devices(update)
+        routed = experts(w, config, y, over_devices) if "router" in w else None
+        if config.paired_layers:
+            routed, late = late, routed
+        if "gate_up" in w:
+            x = x + over_devices(mlp(w["gate_up"], w["down"], y))
+        if routed is not None:
+            x = x + routed
 
     x = rms_norm(x if all_logits else x[:, -1], params["final_norm"], config.norm_eps)
     return product("...m,km->...k", x, params.get("head", params["embedding"])), cache
@@ -146,7 +151,7 @@ def attention(w, config, x, cache, layer, step):
 
     # The cache entries of the new tokens, [b, n, c + rope]: latent and rotary key.
     down = product("bnm,km->bnk", x, w["kv_down"])
-    latent = rms_norm(down[..., :c], w["kv_norm"], LATENT_NORM_EPS)
+    latent = rms_norm(down[..., :c], w["kv_norm"], LATENT_NORM_EPS) * config.latent_scale
     k_rope = rotate(down[..., c:], (cosine[:, :, 0], sine[:, :, 0]), config.rope_interleave)
     entries = jnp.concatenate([latent, k_rope], axis=-1).astype(cache.dtype)
 
@@ -191,7 +196,7 @@ def queries(w, config, x, rotation):
     """
     if "query_down" in w:
         x = product("bnm,rm->bnr", x, w["query_down"])
-        x = rms_norm(x, w["query_norm"], LATENT_NORM_EPS)
+        x = rms_norm(x, w["query_norm"], LATENT_NORM_EPS) * config.query_scale
     q = product("bnm,hem->bnhe", x, w["query"])
     q_latent = product("bnhe,hec->bnhc", q[..., : config.nope_dim], w["key_up"])
     q_rope = rotate(q[..., config.nope_dim :], rotation, config.rope_interleave)
@@ -207,8 +212,11 @@ def mlp(gate_up, down, x):
     return product("...f,mf->...m", jax.nn.silu(gate) * up, down)
 
 
-def experts(w, config, x):
-    """The output of each token's experts plus that of the shared experts: x [b, n, m]."""
+def experts(w, config, x, over_devices=lambda x: x):
+    """The output of each token's experts plus that of the shared experts: x [b, n, m].
+
+    over_devices sums over the devices that split the experts' widths.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     weights, chosen = route(w, config, tokens)
 
@@ -221,18 +229,27 @@ def experts(w, config, x):
         routed = few_tokens(w, tokens, weights, chosen)
     else:
         row = jnp.arange(tokens.shape[0])[:, None]
-        spread = jnp.zeros((tokens.shape[0], config.experts)).at[row, chosen].set(weights)
+        spread = jnp.zeros((tokens.shape[0], config.experts))
+        spread = spread.at[row, chosen].set(weights, mode="drop")  # drops zero experts
         routed = jax.lax.map(
             lambda one: all_experts(w, *one), (tokens, spread), batch_size=DENSE_TOKENS
         )
     routed = routed.reshape(x.shape)
     if config.shared_experts:
         routed = routed + mlp(w["shared_gate_up"], w["shared_down"], x)
+    routed = over_devices(routed)
+    if config.zero_experts:  # they return the token as it is
+        share = jnp.sum(jnp.where(chosen < config.experts, 0, weights), axis=1)
+        routed = routed + share.reshape(*x.shape[:-1], 1) * x
+    if config.mlp_out_norm:
+        routed = rms_norm(routed, w["mlp_out_norm"], config.norm_eps)
     return routed
 
 
 def few_tokens(w, x, weights, chosen):
     """Tokens x [t, m] through their experts `chosen` [t, k] -> [t, m]. Copies k experts a token."""
+    is_zero = chosen >= w["experts_down"].shape[0]
+    chosen, weights = jnp.where(is_zero, 0, chosen), jnp.where(is_zero, 0, weights)
     gate, up = jnp.moveaxis(product("tm,tkgfm->tkgf", x, w["experts_gate_up"][chosen]), 2, 0)
     hidden = jax.nn.silu(gate) * up * weights[..., None]
     return product("tkf,tkfm->tm", hidden, w["experts_down"][chosen])
@@ -248,13 +265,15 @@ def all_experts(w, x, weights):
 def route(w, config, x):
     """Chooses the experts of tokens x [t, m]: (weights f32 [t, k], indices i32 [t, k])."""
     logits = product("tm,xm->tx", x, w["router"])  # the router is float32
-    if config.topk_method == "noaux_tc":
+    if config.softmax_scores or config.topk_method != "noaux_tc":
+        scores = jax.nn.softmax(logits, axis=-1)
+    else:
         scores = jax.nn.sigmoid(logits)
+    if config.topk_method == "noaux_tc":
         by_group = scores + w["router_bias"]  # the bias changes the choice, not the weights
         best = 2  # a group's score is the sum over this number of its experts
     else:
-        scores = by_group = jax.nn.softmax(logits, axis=-1)
-        best = 1
+        by_group, best = scores, 1
     if config.groups > 1:
         by_group = within_best_groups(by_group, config, best)
     _, chosen = jax.lax.top_k(by_group, config.experts_per_token)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .checkpoint import check, checkpoint_tensors
+from .checkpoint import as_published, check, checkpoint_tensors
 from .shards import open_folder
 
 
@@ -60,16 +60,25 @@ def layer_leaves(config, layer):
     }
     if config.q_lora_rank:
         found |= {"query_down": Leaf((r, m), m), "query_norm": Leaf((r,))}
-    if not config.has_experts(layer):
-        return found | _mlp_leaves("", m, config.mlp_width)
-    x, f = config.experts, config.expert_width
-    found |= {
-        "router": Leaf((x, m), m, float32=True),
+    if config.has_mlp(layer):
+        found |= _mlp_leaves("", m, config.mlp_width)
+    if config.has_experts(layer):
+        found |= _expert_leaves(config)
+    return found
+
+
+def _expert_leaves(config):
+    m, x, f = config.width, config.experts, config.expert_width
+    scored = x + config.zero_experts
+    found = {
+        "router": Leaf((scored, m), m, float32=True),
         "experts_gate_up": Leaf((x, 2, f, m), m, split=2),
         "experts_down": Leaf((x, f, m), f, split=1),
     }
     if config.topk_method == "noaux_tc":
-        found["router_bias"] = Leaf((x,), 100, float32=True)
+        found["router_bias"] = Leaf((scored,), 100, float32=True)
+    if config.mlp_out_norm:
+        found["mlp_out_norm"] = Leaf((m,))
     if config.shared_experts:
         found |= _mlp_leaves("shared_", m, f * config.shared_experts)
     return found
@@ -132,12 +141,13 @@ def load_weights(folder, config, dtype=jnp.bfloat16, place=None, progress=True):
     """
     from tqdm import tqdm  # imported here, because random weights need only jax
 
-    tensors = open_folder(folder)
+    tensors = as_published(open_folder(folder))
     wanted = checkpoint_tensors(config)
     check(tensors, wanted, config)
     tree = leaves(config)
     params = {"layers": [{} for _ in range(config.layers)]}
-    in_order = sorted(wanted, key=lambda name: tensors[name].place)
+    absent = wanted.keys() - tensors.keys()  # `check` allows it where zeros mean the same
+    in_order = sorted(wanted, key=lambda name: ("", 0) if name in absent else tensors[name].place)
     for name in tqdm(in_order, "weights", disable=not progress):
         scale = tensors.get(f"{name}_scale_inv")
         for target in wanted[name][1]:
@@ -145,6 +155,8 @@ def load_weights(folder, config, dtype=jnp.bfloat16, place=None, progress=True):
             key, sharding = target.path[-1], place and place(leaf)
             if key not in home:
                 home[key] = _empty(leaf, leaf.dtype(dtype), sharding)()
+            if name in absent:
+                continue
             home[key] = _fill(
                 home[key],
                 tensors[name].read(),
