@@ -1,7 +1,9 @@
-"""A decoder of the DeepSeek family (V2, V2-Lite, V3, R1, Kimi-K2) in JAX, on jax_flashmla.
+"""Decoders of the DeepSeek family and its relatives in JAX, on jax_flashmla.
 
 config.py         a model's dimensions and rules
-families.py       the table of model types: how each one's config.json is read
+families.py       the table of families: how the config.json of each becomes a ModelConfig
+fields.py         what families share in that, and what is refused
+folder.py         reads config.json and generation_config.json with transformers
 rope.py           rotary positions, with YaRN
 model.py          one forward pass over a paged cache, for prefill and decode
 checkpoint.py     where each tensor of a checkpoint goes, and whether all are there

@@ -95,7 +95,7 @@ class ModelConfig:
           FileNotFoundError: the folder has no config.json.
           ValueError: a key has a value that is not supported here.
         """
-        from .families import read  # imported here, because families.py imports this class
+        from .folder import read  # imported here, because families.py imports this class
 
         return read(source)
 

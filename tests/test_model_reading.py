@@ -1,0 +1,398 @@
+"""What examples/models reads from a folder: config.json, generation_config.json, safetensors.
+
+Most of it needs no PyTorch. The rotary positions are compared with transformers' modules, which do.
+"""
+
+import importlib
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
+    for package in ("transformers", "safetensors"):
+        pytest.importorskip(package)
+
+import transformers
+from safetensors.numpy import save_file
+
+from examples.models.config import PRESETS, ModelConfig
+from examples.models.families import FAMILIES, REFUSED, TRANSFORMERS
+from examples.models.rope import frequencies
+from examples.models.shards import open_folder, open_shard
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 512,
+}
+V2, V3 = TINY | {"model_type": "deepseek_v2"}, TINY | {"model_type": "deepseek_v3"}
+YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+
+
+# -------------------- The table of families
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    page = (ROOT / "docs" / "models.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| `(\w+)` \|$", page, re.MULTILINE)
+    assert rows == [(name, one.models, one.compared_with) for name, one in FAMILIES.items()]
+    assert f"transformers {TRANSFORMERS}" in page
+
+
+def test_transformers_is_pinned_to_what_was_compared_with():
+    assert transformers.__version__.startswith(f"{TRANSFORMERS}.")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    assert f"transformers=={TRANSFORMERS}.*" in extras["examples"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_classes_of_the_table_exist(name):
+    family = FAMILIES[name]
+    if family.config_class:
+        assert name not in transformers.CONFIG_MAPPING, "transformers has its own class now"
+        assert hasattr(transformers, family.config_class)
+    assert hasattr(transformers, family.compared_with)
+
+
+# -------------------- config.json
+
+# As published, without keys that only matter in training.
+PUBLISHED = {
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2", "bos_token_id": 100000, "eos_token_id": 100001,
+        "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax",
+        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "greedy",
+        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 102400,
+    },
+    "deepseek-v2": {
+        "model_type": "deepseek_v2", "bos_token_id": 100000, "eos_token_id": 100001,
+        "first_k_dense_replace": 1, "hidden_size": 5120, "intermediate_size": 12288,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1536,
+        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 160, "n_shared_experts": 2,
+        "norm_topk_prob": False, "num_attention_heads": 128, "num_experts_per_tok": 6,
+        "num_hidden_layers": 60, "num_key_value_heads": 128, "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 16.0, "scoring_func": "softmax",
+        "tie_word_embeddings": False, "topk_group": 3, "topk_method": "group_limited_greedy",
+        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 102400,
+    },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3", "bos_token_id": 0, "eos_token_id": 1,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+        "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+        "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+        "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3",
+            "quant_method": "fp8", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 129280,
+    },
+    "kimi-k2": {
+        "model_type": "kimi_k2", "bos_token_id": 163584, "eos_token_id": 163585,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 7168,
+        "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 131072,
+        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 1,
+        "n_routed_experts": 384, "n_shared_experts": 1, "norm_topk_prob": True,
+        "num_attention_heads": 64, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+        "num_key_value_heads": 64, "num_nextn_predict_layers": 0, "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3",
+            "quant_method": "fp8", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid",
+        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 163840,
+    },
+}  # fmt: skip
+OF_THE_CHECKPOINT = ("bos", "eos", "fp8_block", "extra_layers")  # random weights need none of these
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_configurations_are_the_named_ones(name):
+    config = ModelConfig.from_hf(PUBLISHED[name])
+    assert (config.bos, *config.eos) == tuple(
+        PUBLISHED[name][key] for key in ("bos_token_id", "eos_token_id")
+    )
+    assert config.fp8_block == (None if "v2" in name else (128, 128))
+    assert config.extra_layers == (name == "deepseek-v3")
+    differ = [
+        field
+        for field, value in vars(config).items()
+        if value != getattr(PRESETS[name], field) and field not in OF_THE_CHECKPOINT
+    ]
+    assert differ == []
+
+
+def test_absent_keys_have_the_defaults_of_transformers():
+    config = ModelConfig.from_hf({"model_type": "deepseek_v3", "n_routed_experts": 64})
+    assert (config.groups, config.groups_per_token, config.routing_scale) == (8, 4, 2.5)
+    assert (config.kv_lora_rank, config.value_dim, config.vocab) == (512, 128, 129280)
+    assert (config.experts, config.normalize_routing, config.topk_method) == (64, True, "noaux_tc")
+    config = ModelConfig.from_hf(V2)
+    assert (config.groups, config.routing_scale, config.topk_method) == (1, 1.0, "greedy")
+    assert (config.normalize_routing, config.shared_experts) == (False, 2)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, True), (False, False), (None, False)])
+def test_rope_interleave_null_is_false(value, expected):
+    assert ModelConfig.from_hf(V3).rope_interleave
+    assert ModelConfig.from_hf(V3 | {"rope_interleave": value}).rope_interleave is expected
+
+
+def test_reading_leaves_the_dict_as_it_was():
+    given = V3 | {"rope_scaling": dict(YARN)}
+    ModelConfig.from_hf(given)
+    assert given == V3 | {"rope_scaling": YARN}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topk_method": "sinkhorn"}, "topk_method is 'sinkhorn'; supported: 'noaux_tc'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads is 2; supported: 4"),
+        ({"head_dim": 32}, "head_dim is 32; supported: 16"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ({"n_group": 3}, "n_group 3 does not divide n_routed_experts 8"),
+        ({"n_group": None}, "n_group is None; it must be an integer"),
+        ({"n_group": 2, "topk_group": 4}, "topk_group is 4, more than n_group 2"),
+        ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 5},
+         "num_experts_per_tok is 5, but topk_group leaves 2"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is None; it must be an integer"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": "96"}, "vocab_size"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank is 0; it must be an integer of at least 1"),
+        ({"v_head_dim": None}, "v_head_dim is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_scaling": {"type": "longer", "factor": 2.0}}, "rope_type is 'longer'"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor"),
+        ({"rope_scaling": YARN | {"factor": None}}, "factor is None; it must be a number"),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_theta": None}, "rope_theta is None; it must be a number"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
+        ({"quantization_config": {"weight_block_size": [64, 64]}}, "quant_method is None"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size .* None"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, None]}},
+         r"weight_block_size .* \[64, None\]"),
+        ({"first_k_dense_replace": None}, "first_k_dense_replace is None"),
+        ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob is True"),
+        ({"model_type": "deepseek_v2", "rope_interleave": False}, "rope_interleave is False"),
+        ({"model_type": "deepseek_v2", "mlp_bias": True}, "mlp_bias is True"),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ({"model_type": "deepseek_v2", "scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ({"model_type": "deepseek_v2", "num_experts_per_tok": None}, "num_experts_per_tok is None"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}") as error:
+        ModelConfig.from_hf(V3 | {"n_group": 1, "topk_group": 1} | changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama", None, ["deepseek_v3"], "kimi_linear"])
+def test_an_unknown_model_type(name):
+    with pytest.raises(ValueError, match=r"model_type ") as error:
+        ModelConfig.from_hf(TINY | {"model_type": name})
+    message = str(error.value)
+    assert repr(name) in message
+    assert message.endswith(REFUSED.get(str(name), ", ".join(sorted(FAMILIES))))
+    assert "\n" not in message
+
+
+# -------------------- Rotary positions
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_theta": 500.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, "rope_theta": 500.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}, "rope_scaling": YARN},
+        {"rope_parameters": {**YARN, "rope_type": "default"}},
+        {"rope_scaling": YARN, "rope_theta": 500},
+        {"rope_scaling": YARN | {"mscale": 0.7}},
+        {"rope_scaling": YARN | {"mscale_all_dim": 0.7}},
+        {"rope_scaling": YARN | {"mscale": 0, "mscale_all_dim": 0.7}},
+        {"rope_scaling": YARN | {"mscale": 1.3, "mscale_all_dim": 0.7}},
+        {"rope_scaling": YARN | {"attention_factor": 1.5, "mscale_all_dim": 0.7}},
+        {"rope_scaling": YARN | {"factor": 0.5, "mscale": 1.3}},
+        {"rope_scaling": YARN | {"beta_fast": 4, "beta_slow": 2}},
+        {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 1}},
+        {"rope_scaling": YARN | {"beta_fast": 4, "truncate": False}},
+        {"rope_scaling": YARN | {"beta_fast": 4, "truncate": None}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 99},
+        {"rope_scaling": YARN, "original_max_position_embeddings": 99},
+    ],
+    ids=str,
+)
+def test_rotary_positions_are_those_of_transformers(family, changes):
+    if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
+        pytest.importorskip("torch")
+    contents = TINY | {"model_type": family} | changes
+    config = ModelConfig.from_hf(contents)
+
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    prefix = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}[family]
+    theirs = transformers.CONFIG_MAPPING[family].from_dict(json.loads(json.dumps(contents)))
+    rotary = getattr(modeling, f"{prefix}RotaryEmbedding")(theirs)
+    attention = getattr(modeling, f"{prefix}Attention")(theirs, layer_idx=0)
+
+    np.testing.assert_allclose(frequencies(config), rotary.inv_freq.numpy(), rtol=1e-6)
+    size = config.yarn.rotation_scale if config.yarn else 1.0
+    assert size == pytest.approx(rotary.attention_scaling)
+    assert config.softmax_scale == pytest.approx(attention.scaling)
+
+
+# -------------------- Folders
+
+
+def write(folder, name="config.json", **contents):
+    (folder / name).write_text(json.dumps(contents))
+
+
+def test_generation_config_has_the_last_word_on_tokens(tmp_path):
+    write(tmp_path, **V3, bos_token_id=5, eos_token_id=6)
+    assert (lambda c: (c.bos, c.eos))(ModelConfig.from_hf(tmp_path)) == (5, (6,))
+    write(tmp_path, "generation_config.json", eos_token_id=[7, 8])
+    assert (lambda c: (c.bos, c.eos))(ModelConfig.from_hf(tmp_path)) == (5, (7, 8))
+    write(tmp_path, "generation_config.json", bos_token_id=3, eos_token_id=9)
+    assert (lambda c: (c.bos, c.eos))(ModelConfig.from_hf(str(tmp_path))) == (3, (9,))
+    write(tmp_path, "generation_config.json")
+    assert ModelConfig.from_hf(tmp_path).eos == (6,)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_configuration_that_is_no_object(name, tmp_path):
+    write(tmp_path, **V3)
+    for text, message in (('{"model_type": ', "is not JSON"), ("[1, 2]", "must have an object")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} {message}"):
+            ModelConfig.from_hf(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no .*nowhere/config\.json: name a folder"):
+        ModelConfig.from_hf(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, "other"])
+def test_code_in_the_folder_is_not_run(model_type, tmp_path):
+    contents = TINY | {"model_type": model_type, "auto_map": {"AutoConfig": "stray.Config"}}
+    if model_type in FAMILIES and not FAMILIES[model_type].config_class:
+        contents = {key: contents[key] for key in ("model_type", "auto_map")}
+    write(tmp_path, **contents)
+    ran = tmp_path / "ran"
+    (tmp_path / "stray.py").write_text(f"open({str(ran)!r}, 'w')\nraise SystemExit('ran')\n")
+    if model_type in FAMILIES:
+        if model_type != "deepseek_v2":  # whose class has no default of num_experts_per_tok
+            assert ModelConfig.from_hf(tmp_path).layers > 0
+    else:
+        with pytest.raises(ValueError, match="model_type is 'other'"):
+            ModelConfig.from_hf(tmp_path)
+    assert not ran.exists()
+
+
+# -------------------- Shards
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "model.safetensors"
+    arrays = {
+        "first": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "second": np.ones(500, np.float16),
+    }
+    save_file(arrays, path)
+    return path
+
+
+def test_tensors_are_read(shard):
+    first, second = (open_folder(shard.parent)[name] for name in ("first", "second"))
+    assert (first.dtype, first.shape, second.shape) == (np.float32, (2, 3), (500,))
+    np.testing.assert_array_equal(first.read(), np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(second.read(), np.ones(500))
+    assert first.place < second.place
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-8], r"is cut off: .* so second is not complete \(1 of 2"),
+        (lambda data: data[:-1010], r"is cut off: .* so first is not complete \(2 of 2"),
+        (lambda data: data[:50], r"is damaged: .*; download it again"),
+        (lambda data: b"", "is empty: download it again"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "is a Git LFS"),
+        (lambda data: data.replace(b"[2,3]", b"[2,4]"), "is damaged"),
+        (lambda data: b"<html>" * 20, "is damaged"),
+    ],
+)
+def test_a_damaged_shard_is_named(shard, damage, message):
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(str(shard)) + " " + message):
+        open_folder(shard.parent)
+
+
+def test_a_type_that_is_not_supported(shard):
+    save_file({"packed": np.ones(3, np.int32)}, shard)
+    with pytest.raises(ValueError, match=r"model\.safetensors: packed is I32; supported are F32"):
+        open_shard(shard)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", ValueError, "must be JSON"),
+        ("{}", ValueError, "must be JSON .*'weight_map'"),
+        ("[]", ValueError, "must be JSON"),
+        ('{"weight_map": []}', ValueError, "must be JSON"),
+        ('{"weight_map": {}}', FileNotFoundError, "no .*safetensors"),
+        ('{"weight_map": {"first": "lost.safetensors"}}', FileNotFoundError, "lost.* is missing"),
+    ],
+)
+def test_an_index_that_cannot_be_used(shard, text, error, message):
+    (shard.parent / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(error, match=message):
+        open_folder(shard.parent)
