@@ -229,6 +229,40 @@ def test_what_is_not_supported_is_refused_by_name(changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("glm4_moe_lite", {"first_k_dense_replace": 2}, r"dense_replace is 2, but .* are \[0\]"),
+        ("glm4_moe_lite", {"first_k_dense_replace": "1"}, "first_k_dense_replace is '1'"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse"]}, "for each of the 47 layers"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["linear"] * 47}, "must be 'dense' or 'sparse'"),
+        ("axk1", {"mlp_layer_types": ["sparse"] * 61, "moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ("axk1", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("youtu", {"mlp_bias": True}, "mlp_bias is True"),
+        ("sarvam_mla", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("kimi_k25", {"text_config": {"model_type": "llama"}}, "model_type is 'llama'"),
+        ("kimi_k25", {"text_config": {"quantization_config": {"quant_method": "int4"}}},
+         "quant_method is 'int4'"),
+        ("kimi_k25", {"quantization_config": {"quant_method": "int4"}}, "quant_method is 'int4'"),
+        ("longcat_flash", {"attention_method": "GQA"}, "attention_method is 'GQA'"),
+        ("longcat_flash", {"mla_scale_q_lora": False}, "mla_scale_q_lora is False"),
+        ("longcat_flash", {"mla_scale_kv_lora": False}, "mla_scale_kv_lora is False"),
+        ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("longcat_flash", {"rope_interleave": False}, "rope_interleave is False"),
+        ("longcat_flash", {"router_bias": True}, "router_bias is True"),
+        ("longcat_flash", {"zero_expert_type": "drop"}, "zero_expert_type is 'drop'"),
+        ("longcat_flash", {"zero_expert_num": -1}, "zero_expert_num is -1"),
+        ("longcat_flash", {"qk_head_dim": 128}, "qk_head_dim is 128; supported: 192"),
+        ("longcat_flash", {"head_dim": 128}, "head_dim is 128; supported: 64"),
+        ("longcat_flash", {"moe_topk": 769}, "moe_topk is 769, .* give 768"),
+    ],
+)  # fmt: skip
+def test_what_a_family_does_not_compute_is_refused(model_type, changes, message):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}") as error:
+        ModelConfig.from_hf({"model_type": model_type} | changes)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["llama", None, ["deepseek_v3"], "kimi_linear"])
 def test_an_unknown_model_type(name):
     with pytest.raises(ValueError, match=r"model_type ") as error:
