@@ -1,4 +1,4 @@
-"""What examples/models reads from a folder: config.json, generation_config.json, safetensors.
+"""What examples/models reads from config.json and generation_config.json.
 
 Most of it needs no PyTorch. The rotary positions are compared with transformers' modules, which do.
 """
@@ -14,16 +14,13 @@ import numpy as np
 import pytest
 
 if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
-    for package in ("transformers", "safetensors"):
-        pytest.importorskip(package)
+    pytest.importorskip("transformers")
 
 import transformers
-from safetensors.numpy import save_file
 
 from examples.models.config import PRESETS, ModelConfig
 from examples.models.families import FAMILIES, REFUSED, TRANSFORMERS
 from examples.models.rope import frequencies
-from examples.models.shards import open_folder, open_shard
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -73,72 +70,57 @@ def test_classes_of_the_table_exist(name):
 # -------------------- config.json
 
 # As published, without keys that only matter in training.
+_BOTH = {
+    "hidden_act": "silu", "kv_lora_rank": 512, "moe_layer_freq": 1, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "v_head_dim": 128,
+}  # fmt: skip
+_V2 = _BOTH | {
+    "model_type": "deepseek_v2", "bos_token_id": 100000, "eos_token_id": 100001,
+    "first_k_dense_replace": 1, "max_position_embeddings": 163840, "n_shared_experts": 2,
+    "norm_topk_prob": False, "num_experts_per_tok": 6, "rope_theta": 10000,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+        "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
+    "scoring_func": "softmax", "vocab_size": 102400,
+}  # fmt: skip
+_V3 = _BOTH | {
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "q_lora_rank": 1536, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]},
+}  # fmt: skip
 PUBLISHED = {
-    "deepseek-v2-lite": {
-        "model_type": "deepseek_v2", "bos_token_id": 100000, "eos_token_id": 100001,
-        "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944,
-        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1408,
-        "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
-        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
-        "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
-            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
-        "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax",
-        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "greedy",
-        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 102400,
+    "deepseek-v2-lite": _V2 | {
+        "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+        "n_group": 1, "n_routed_experts": 64, "num_attention_heads": 16, "num_hidden_layers": 27,
+        "num_key_value_heads": 16, "q_lora_rank": None, "routed_scaling_factor": 1.0,
+        "topk_group": 1, "topk_method": "greedy",
     },
-    "deepseek-v2": {
-        "model_type": "deepseek_v2", "bos_token_id": 100000, "eos_token_id": 100001,
-        "first_k_dense_replace": 1, "hidden_size": 5120, "intermediate_size": 12288,
-        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1536,
-        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 160, "n_shared_experts": 2,
-        "norm_topk_prob": False, "num_attention_heads": 128, "num_experts_per_tok": 6,
-        "num_hidden_layers": 60, "num_key_value_heads": 128, "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
-            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
-        "rope_theta": 10000, "routed_scaling_factor": 16.0, "scoring_func": "softmax",
-        "tie_word_embeddings": False, "topk_group": 3, "topk_method": "group_limited_greedy",
-        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 102400,
+    "deepseek-v2": _V2 | {
+        "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+        "n_group": 8, "n_routed_experts": 160, "num_attention_heads": 128, "num_hidden_layers": 60,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "routed_scaling_factor": 16.0,
+        "topk_group": 3, "topk_method": "group_limited_greedy",
     },
-    "deepseek-v3": {
+    "deepseek-v3": _V3 | {
         "model_type": "deepseek_v3", "bos_token_id": 0, "eos_token_id": 1,
-        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-        "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
-        "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
-        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
-        "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
-        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
-        "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3",
-            "quant_method": "fp8", "weight_block_size": [128, 128]},
-        "rms_norm_eps": 1e-6,
+        "first_k_dense_replace": 3, "max_position_embeddings": 163840, "n_group": 8,
+        "n_routed_experts": 256, "num_attention_heads": 128, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "rope_theta": 10000, "routed_scaling_factor": 2.5,
         "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
             "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
-        "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
-        "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc",
-        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 129280,
+        "topk_group": 4, "vocab_size": 129280,
     },
-    "kimi-k2": {
+    "kimi-k2": _V3 | {
         "model_type": "kimi_k2", "bos_token_id": 163584, "eos_token_id": 163585,
-        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 7168,
-        "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 131072,
-        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 1,
-        "n_routed_experts": 384, "n_shared_experts": 1, "norm_topk_prob": True,
-        "num_attention_heads": 64, "num_experts_per_tok": 8, "num_hidden_layers": 61,
-        "num_key_value_heads": 64, "num_nextn_predict_layers": 0, "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3",
-            "quant_method": "fp8", "weight_block_size": [128, 128]},
-        "rms_norm_eps": 1e-6,
+        "first_k_dense_replace": 1, "max_position_embeddings": 131072, "n_group": 1,
+        "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0, "rope_theta": 50000.0, "routed_scaling_factor": 2.827,
         "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0,
             "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
-        "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid",
-        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc",
-        "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 163840,
+        "topk_group": 1, "vocab_size": 163840,
     },
 }  # fmt: skip
 OF_THE_CHECKPOINT = ("bos", "eos", "fp8_block", "extra_layers")  # random weights need none of these
@@ -229,38 +211,65 @@ def test_what_is_not_supported_is_refused_by_name(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes", "message"),
-    [
-        ("glm4_moe_lite", {"first_k_dense_replace": 2}, r"dense_replace is 2, but .* are \[0\]"),
-        ("glm4_moe_lite", {"first_k_dense_replace": "1"}, "first_k_dense_replace is '1'"),
-        ("glm4_moe_lite", {"mlp_layer_types": ["sparse"]}, "for each of the 47 layers"),
-        ("glm4_moe_lite", {"mlp_layer_types": ["linear"] * 47}, "must be 'dense' or 'sparse'"),
-        ("axk1", {"mlp_layer_types": ["sparse"] * 61, "moe_layer_freq": 2}, "moe_layer_freq is 2"),
-        ("axk1", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ("youtu", {"mlp_bias": True}, "mlp_bias is True"),
-        ("sarvam_mla", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
-        ("kimi_k25", {"text_config": {"model_type": "llama"}}, "model_type is 'llama'"),
-        ("kimi_k25", {"text_config": {"quantization_config": {"quant_method": "int4"}}},
-         "quant_method is 'int4'"),
-        ("kimi_k25", {"quantization_config": {"quant_method": "int4"}}, "quant_method is 'int4'"),
-        ("longcat_flash", {"attention_method": "GQA"}, "attention_method is 'GQA'"),
-        ("longcat_flash", {"mla_scale_q_lora": False}, "mla_scale_q_lora is False"),
-        ("longcat_flash", {"mla_scale_kv_lora": False}, "mla_scale_kv_lora is False"),
-        ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob is True"),
-        ("longcat_flash", {"rope_interleave": False}, "rope_interleave is False"),
-        ("longcat_flash", {"router_bias": True}, "router_bias is True"),
-        ("longcat_flash", {"zero_expert_type": "drop"}, "zero_expert_type is 'drop'"),
-        ("longcat_flash", {"zero_expert_num": -1}, "zero_expert_num is -1"),
-        ("longcat_flash", {"qk_head_dim": 128}, "qk_head_dim is 128; supported: 192"),
-        ("longcat_flash", {"head_dim": 128}, "head_dim is 128; supported: 64"),
-        ("longcat_flash", {"moe_topk": 769}, "moe_topk is 769, .* give 768"),
+EVERYWHERE = (
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quant_method is 'compr"),
+)
+OF_ONE_FAMILY = {
+    "youtu": [({"mlp_bias": True}, "mlp_bias is True")],
+    "glm4_moe_lite": [
+        ({"mlp_layer_types": ["dense", "other"], "num_hidden_layers": 2}, "mlp_layer_types is"),
+        ({"mlp_layer_types": ["dense"] * 3}, "mlp_layer_types is .* each of the 47 layers"),
+        ({"first_k_dense_replace": 2}, "first_k_dense_replace is 2, but mlp_layer_types"),
+        ({"first_k_dense_replace": "1"}, "first_k_dense_replace is '1'"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
     ],
-)  # fmt: skip
-def test_what_a_family_does_not_compute_is_refused(model_type, changes, message):
-    with pytest.raises(ValueError, match=rf"config\.json: .*{message}") as error:
-        ModelConfig.from_hf({"model_type": model_type} | changes)
-    assert "\n" not in str(error.value)
+    "axk1": [({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* each of the 61 layers")],
+    "longcat_flash": [
+        ({"attention_method": "MHA"}, "attention_method is 'MHA'"),
+        ({"mla_scale_q_lora": False}, "mla_scale_q_lora is False"),
+        ({"mla_scale_kv_lora": False}, "mla_scale_kv_lora is False"),
+        ({"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ({"router_bias": True}, "router_bias is True"),
+        ({"zero_expert_type": "copy"}, "zero_expert_type is 'copy'"),
+        ({"qk_head_dim": 96}, "qk_head_dim is 96"),
+        ({"rope_interleave": False}, "rope_interleave is False"),
+        ({"zero_expert_num": -1}, "zero_expert_num is -1"),
+        ({"head_dim": 128}, "head_dim is 128; supported: 64"),
+        ({"moe_topk": 900}, "moe_topk is 900, but .* give 768 experts"),
+    ],
+    "kimi_k25": [
+        ({"text_config": {"model_type": "llama"}}, "model_type is 'llama'"),
+        ({"quantization_config": {"quant_method": "int4"}}, "quant_method is 'int4'"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_refuses_what_it_does_not_compute(name):
+    def text(changes):
+        return {"text_config": changes} if name == "kimi_k25" else changes
+
+    common = [(text(changes), message) for changes, message in EVERYWHERE]
+    for changes, message in [*common, *OF_ONE_FAMILY.get(name, [])]:
+        with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+            ModelConfig.from_hf({"model_type": name} | changes)
+
+
+def test_layers_without_experts():
+    def dense(**contents):
+        config = ModelConfig.from_hf(contents)
+        return [layer for layer in range(config.layers) if not config.has_experts(layer)]
+
+    assert dense(model_type="deepseek_v3") == [0, 1, 2]
+    assert dense(model_type="deepseek_v3", num_hidden_layers=2) == [0, 1]
+    assert dense(model_type="youtu") == list(range(32))
+    assert dense(model_type="axk1", num_hidden_layers=5, moe_layer_freq=2) == [0, 1, 3]
+    types = ["sparse", "dense", "sparse"]
+    assert dense(model_type="glm4_moe_lite", num_hidden_layers=3, mlp_layer_types=types) == [1]
 
 
 @pytest.mark.parametrize("name", ["llama", None, ["deepseek_v3"], "kimi_linear"])
@@ -367,66 +376,3 @@ def test_code_in_the_folder_is_not_run(model_type, tmp_path):
         with pytest.raises(ValueError, match="model_type is 'other'"):
             ModelConfig.from_hf(tmp_path)
     assert not ran.exists()
-
-
-# -------------------- Shards
-
-
-@pytest.fixture
-def shard(tmp_path):
-    path = tmp_path / "model.safetensors"
-    arrays = {
-        "first": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "second": np.ones(500, np.float16),
-    }
-    save_file(arrays, path)
-    return path
-
-
-def test_tensors_are_read(shard):
-    first, second = (open_folder(shard.parent)[name] for name in ("first", "second"))
-    assert (first.dtype, first.shape, second.shape) == (np.float32, (2, 3), (500,))
-    np.testing.assert_array_equal(first.read(), np.arange(6).reshape(2, 3))
-    np.testing.assert_array_equal(second.read(), np.ones(500))
-    assert first.place < second.place
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: data[:-8], r"is cut off: .* so second is not complete \(1 of 2"),
-        (lambda data: data[:-1010], r"is cut off: .* so first is not complete \(2 of 2"),
-        (lambda data: data[:50], r"is damaged: .*; download it again"),
-        (lambda data: b"", "is empty: download it again"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "is a Git LFS"),
-        (lambda data: data.replace(b"[2,3]", b"[2,4]"), "is damaged"),
-        (lambda data: b"<html>" * 20, "is damaged"),
-    ],
-)
-def test_a_damaged_shard_is_named(shard, damage, message):
-    shard.write_bytes(damage(shard.read_bytes()))
-    with pytest.raises(ValueError, match=re.escape(str(shard)) + " " + message):
-        open_folder(shard.parent)
-
-
-def test_a_type_that_is_not_supported(shard):
-    save_file({"packed": np.ones(3, np.int32)}, shard)
-    with pytest.raises(ValueError, match=r"model\.safetensors: packed is I32; supported are F32"):
-        open_shard(shard)
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        ("", ValueError, "must be JSON"),
-        ("{}", ValueError, "must be JSON .*'weight_map'"),
-        ("[]", ValueError, "must be JSON"),
-        ('{"weight_map": []}', ValueError, "must be JSON"),
-        ('{"weight_map": {}}', FileNotFoundError, "no .*safetensors"),
-        ('{"weight_map": {"first": "lost.safetensors"}}', FileNotFoundError, "lost.* is missing"),
-    ],
-)
-def test_an_index_that_cannot_be_used(shard, text, error, message):
-    (shard.parent / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(error, match=message):
-        open_folder(shard.parent)
