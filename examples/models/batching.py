@@ -27,6 +27,8 @@ its pages, and any request fits into the pool alone (`submit` checks that). So a
 import collections
 import dataclasses
 import functools
+import numbers
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
@@ -80,6 +82,9 @@ class ContinuousBatcher:
       eos: the tokens that end a request.
       options: names and defaults of the sampling options that a request may set. Floats become f32,
         ints i32. There is always one more, "seed", u32, by default the request's number.
+      vocab: the number of tokens that the model knows. `submit` refuses others. Without it,
+        `submit` refuses only what is no int32, and a token that the model does not know gives
+        whatever the step function makes of it.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class ContinuousBatcher:
         chunk: int,
         eos: Collection[int] = (),
         options: Mapping[str, float | int] | None = None,
+        vocab: int | None = None,
     ):
         for name, value in (("max_batch", max_batch), ("max_blocks", max_blocks), ("chunk", chunk)):
             if value < 1:
@@ -103,7 +109,10 @@ class ContinuousBatcher:
         self._step = step
         self._chunk = chunk
         self._eos = frozenset(eos)
-        self._options = None if options is None else dict(options)
+        self._vocab = vocab
+        self._options = None
+        if options is not None:
+            self._options = {k: _option(k, value, value) for k, value in options.items()}
         self._slots: list[Request | None] = [None] * max_batch
         self._waiting: collections.deque[Request] = collections.deque()
         self._table = np.full((max_batch, max_blocks), -1, np.int32)
@@ -126,14 +135,14 @@ class ContinuousBatcher:
             not on the other requests in the batch.
 
         Raises:
-          ValueError: the prompt is empty, max_tokens is below 1, an option is unknown, or the
-            request needs more pages than there are.
+          ValueError: the prompt is empty or has a token that the model does not know, max_tokens is
+            below 1, an option is unknown, a value has the wrong type or is out of range, or the
+            request needs more pages than there are. Then nothing is queued, and the other requests
+            go on.
         """
-        tokens = [int(token) for token in prompt]
-        if not tokens:
-            raise ValueError("prompt must have at least one token, got none")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        # One step runs all requests. So a value that no step can take must not get that far.
+        tokens = check_tokens("prompt", prompt, self._vocab)
+        max_tokens = _integer("max_tokens", max_tokens, 1)
         unknown = sorted(options.keys() - (self._options or {}).keys())
         if unknown or (seed is not None and self._options is None):
             known = "none" if self._options is None else ["seed", *self._options]
@@ -147,8 +156,10 @@ class ContinuousBatcher:
                 f"pages, but a sequence can have {limit}, the smaller of num_blocks and max_blocks"
             )
         number = self._submitted
+        seed = number % 2**32 if seed is None else _integer("seed", seed, 0, 2**32 - 1)
+        options = {name: _option(name, x, self._options[name]) for name, x in options.items()}
+        chosen = {"seed": seed, **(self._options or {}), **options}
         self._submitted += 1
-        chosen = {"seed": number if seed is None else seed, **(self._options or {}), **options}
         request = Request(number, tokens, len(tokens), max_tokens, chosen)
         self._waiting.append(request)
         return request
@@ -269,6 +280,44 @@ class ContinuousBatcher:
         self._slots[slot] = None
         self._table[slot] = -1
         self.manager.free(request.number)
+
+
+def check_tokens(name: str, tokens: Sequence[int], vocab: int | None = None) -> list[int]:
+    """The tokens as a list of ints.
+
+    Raises:
+      ValueError: there is none, or one is no int from 0 to vocab - 1 (without `vocab`, no int32).
+    """
+    try:
+        tokens = list(tokens)
+    except TypeError:
+        raise ValueError(f"{name} must be a list of tokens, got {tokens!r}") from None
+    if not tokens:
+        raise ValueError(f"{name} must have at least one token, got none")
+    largest = 2**31 - 1 if vocab is None else vocab - 1
+    return [_integer(f"{name}[{i}]", token, 0, largest) for i, token in enumerate(tokens)]
+
+
+def _integer(name: str, value, smallest: int, largest: int | None = None) -> int:
+    """The value as an int. Raises ValueError if it is none, or out of range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an int, got {value!r}") from None
+    if number < smallest or (largest is not None and number > largest):
+        limits = f"at least {smallest}" if largest is None else f"from {smallest} to {largest}"
+        raise ValueError(f"{name} must be {limits}, got {number}")
+    return number
+
+
+def _option(name: str, value, default: float | int) -> float | int:
+    """The value of an option, as its default's type: a finite f32 or an i32."""
+    if not isinstance(default, float):
+        return _integer(name, value, -(2**31), 2**31 - 1)
+    largest = float(np.finfo(np.float32).max)
+    if not isinstance(value, numbers.Real) or not abs(value) <= largest:  # neither if it is NaN
+        raise ValueError(f"{name} must be a finite float32 number, got {value!r}")
+    return float(value)
 
 
 def make_step(forward: Callable, params, config, sample: Callable | None = None) -> Callable:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .weights import Leaf, leaves
+from .weights import Leaf, layer_leaves, leaves
 
 AXIS = "device"
 
@@ -54,8 +54,12 @@ class Layout:
         """Raises ValueError if the number of devices does not divide a size of model or batch."""
         sizes = {"batch": batch} if self.kind == "dp" else {}
         if self.kind == "tp":
-            sizes = {"heads": config.heads, "mlp_width": config.mlp_width}
-            sizes |= {"expert_width": config.expert_width} if config.experts else {}
+            sizes = {"heads": config.heads}
+            layers = [layer_leaves(config, layer) for layer in range(config.layers)]
+            if any("gate_up" in layer for layer in layers):
+                sizes["mlp_width"] = config.mlp_width
+            if any("experts_gate_up" in layer for layer in layers):
+                sizes["expert_width"] = config.expert_width
         for name, size in sizes.items():
             if size % self.size:
                 raise ValueError(f"{self.kind} over {self.size} devices: {name} is {size}")
