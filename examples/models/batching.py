@@ -25,10 +25,7 @@ its pages, and any request fits into the pool alone (`submit` checks that). So a
 """
 
 import collections
-import dataclasses
 import functools
-import numbers
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
@@ -36,26 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .block_manager import BlockManager, OutOfPages
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt and the tokens generated for it. `ContinuousBatcher.submit` makes it."""
-
-    number: int  # in the order of submission
-    tokens: list[int]  # the prompt, then the generated ones, with the end-of-sequence token
-    prompt_length: int
-    max_tokens: int
-    options: dict[str, float | int]  # for sampling
-    cached: int = 0  # tokens in the cache while it runs
-    reused: int = 0  # tokens that were in the cache already when it was last admitted
-    preemptions: int = 0
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"
-
-    @property
-    def generated(self) -> list[int]:
-        """The tokens after the prompt."""
-        return self.tokens[self.prompt_length :]
+from .request import Request, check_integer, check_option, check_tokens
 
 
 class ContinuousBatcher:
@@ -112,7 +90,7 @@ class ContinuousBatcher:
         self._vocab = vocab
         self._options = None
         if options is not None:
-            self._options = {k: _option(k, value, value) for k, value in options.items()}
+            self._options = {k: check_option(k, value, value) for k, value in options.items()}
         self._slots: list[Request | None] = [None] * max_batch
         self._waiting: collections.deque[Request] = collections.deque()
         self._table = np.full((max_batch, max_blocks), -1, np.int32)
@@ -142,7 +120,7 @@ class ContinuousBatcher:
         """
         # One step runs all requests. So a value that no step can take must not get that far.
         tokens = check_tokens("prompt", prompt, self._vocab)
-        max_tokens = _integer("max_tokens", max_tokens, 1)
+        max_tokens = check_integer("max_tokens", max_tokens, 1)
         unknown = sorted(options.keys() - (self._options or {}).keys())
         if unknown or (seed is not None and self._options is None):
             known = "none" if self._options is None else ["seed", *self._options]
@@ -156,8 +134,8 @@ class ContinuousBatcher:
                 f"pages, but a sequence can have {limit}, the smaller of num_blocks and max_blocks"
             )
         number = self._submitted
-        seed = number % 2**32 if seed is None else _integer("seed", seed, 0, 2**32 - 1)
-        options = {name: _option(name, x, self._options[name]) for name, x in options.items()}
+        seed = number % 2**32 if seed is None else check_integer("seed", seed, 0, 2**32 - 1)
+        options = {name: check_option(name, x, self._options[name]) for name, x in options.items()}
         chosen = {"seed": seed, **(self._options or {}), **options}
         self._submitted += 1
         request = Request(number, tokens, len(tokens), max_tokens, chosen)
@@ -280,44 +258,6 @@ class ContinuousBatcher:
         self._slots[slot] = None
         self._table[slot] = -1
         self.manager.free(request.number)
-
-
-def check_tokens(name: str, tokens: Sequence[int], vocab: int | None = None) -> list[int]:
-    """The tokens as a list of ints.
-
-    Raises:
-      ValueError: there is none, or one is no int from 0 to vocab - 1 (without `vocab`, no int32).
-    """
-    try:
-        tokens = list(tokens)
-    except TypeError:
-        raise ValueError(f"{name} must be a list of tokens, got {tokens!r}") from None
-    if not tokens:
-        raise ValueError(f"{name} must have at least one token, got none")
-    largest = 2**31 - 1 if vocab is None else vocab - 1
-    return [_integer(f"{name}[{i}]", token, 0, largest) for i, token in enumerate(tokens)]
-
-
-def _integer(name: str, value, smallest: int, largest: int | None = None) -> int:
-    """The value as an int. Raises ValueError if it is none, or out of range."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an int, got {value!r}") from None
-    if number < smallest or (largest is not None and number > largest):
-        limits = f"at least {smallest}" if largest is None else f"from {smallest} to {largest}"
-        raise ValueError(f"{name} must be {limits}, got {number}")
-    return number
-
-
-def _option(name: str, value, default: float | int) -> float | int:
-    """The value of an option, as its default's type: a finite f32 or an i32."""
-    if not isinstance(default, float):
-        return _integer(name, value, -(2**31), 2**31 - 1)
-    largest = float(np.finfo(np.float32).max)
-    if not isinstance(value, numbers.Real) or not abs(value) <= largest:  # neither if it is NaN
-        raise ValueError(f"{name} must be a finite float32 number, got {value!r}")
-    return float(value)
 
 
 def make_step(forward: Callable, params, config, sample: Callable | None = None) -> Callable:

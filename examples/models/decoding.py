@@ -8,15 +8,17 @@ manages the pages and looks at each step's tokens on the host.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .batching import ContinuousBatcher, check_tokens, make_step
+from .batching import ContinuousBatcher, make_step
 from .model import forward, init_cache
 from .parallel import Layout
+from .request import check_tokens
 from .sampling import greedy, sample
 
 
@@ -65,6 +67,10 @@ class Decoder:
         self, params, config, *, layout=None, temperature=0.0, top_p=1.0, chunk=128,
         implementation="auto", eos=None,
     ):  # fmt: skip
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+        if not 0 <= top_p <= 1:
+            raise ValueError(f"top_p must be from 0 to 1, got {top_p}")
         self.params, self.config, self.chunk = params, config, chunk
         self.layout = layout = layout or Layout()
         self.eos = config.eos if eos is None else tuple(eos)
