@@ -279,22 +279,6 @@ def test_command_with_slots(monkeypatch):
     assert first != answers_of("--slots", "3", "--top-p", "0")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "x"], "--model needs a --prompt"),
-        (["--random-weights", "tiny", "--prompt", "a"], "no tokenizer"),
-        (["--model", "x", "--prompt", "a", "--prompt", "b", "--batch", "1"], "than the 2 prompts"),
-        ([*RANDOM, "--slots", "2", "--parallel", "dp"], "--slots needs one pool"),
-        ([*RANDOM, "--slots", "0"], "--slots: must be at least 1, got 0"),
-    ],
-)
-def test_arguments_that_are_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        generate.parse_args(arguments)
-    assert message in capsys.readouterr().err
-
-
 # -------------------- Continuous batching
 
 

@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
-def parse_args(argv, description):
+def parse_args(argv, description=None):
     parser = Parser(
         prog="python -m examples.models.generate",
         description=description,

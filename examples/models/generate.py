@@ -31,12 +31,15 @@ from .weights import load_weights, random_weights
 BURST = 8  # steps in one call; then the new tokens are printed
 
 
-def choose_dtype(name):
-    """The dtype of weights and cache, by default the one that the device is best at."""
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and name == "bfloat16":
-        raise ValueError("--dtype bfloat16: XLA's CPU backend lacks its products; use float32")
-    return jnp.dtype(name or ("float32" if on_cpu else "bfloat16"))
+def choose_dtype(args):
+    """The dtype of weights and cache. Refuses what only a GPU can do, before weights are read."""
+    if jax.default_backend() != "cpu":
+        return jnp.dtype(args.dtype or "bfloat16")
+    if args.implementation == "cuda":
+        raise ValueError("--implementation cuda: there is no GPU; use auto or xla")
+    if args.dtype == "bfloat16":
+        raise ValueError("--dtype bfloat16: XLA lacks some of its products on a CPU; use float32")
+    return jnp.dtype("float32")
 
 
 def read_prompts(args, config):
@@ -62,8 +65,7 @@ def read_prompts(args, config):
 
 def load(args):
     """(decoder, tokenizer, prompts) for the arguments of the command."""
-    layout = Layout.over(args.parallel)
-    dtype = choose_dtype(args.dtype)
+    layout, dtype = Layout.over(args.parallel), choose_dtype(args)
     if args.model:
         config = ModelConfig.from_hf(args.model)
     else:

@@ -105,15 +105,16 @@ def _open_tokenizer(folder):
     path = folder / "tokenizer_config.json"
     try:
         settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        options = {"local_files_only": True, "trust_remote_code": False}
+        # DeepSeek's folders say here that bos is added. Besides a tokenizer.json that does not say
+        # so, transformers 5 ignores it, and transformers 4, which they were made for, did not.
+        if settings.get("add_bos_token"):
+            options |= {key: bool(settings.get(key)) for key in ("add_bos_token", "add_eos_token")}
         if "AutoTokenizer" not in (settings.get("auto_map") or {}):
-            return transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+            return transformers.AutoTokenizer.from_pretrained(folder, **options)
         # Its class comes with the checkpoint. But tokenizer.json has all that a tokenizer does.
         if (folder / "tokenizer.json").exists():
-            return transformers.PreTrainedTokenizerFast.from_pretrained(
-                folder, local_files_only=True
-            )
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
         if settings.get("tokenizer_class") == "TikTokenTokenizer":
             return _kimi_tokenizer(folder, settings)
     except Exception as error:  # the tokenizers library raises nothing more precise
