@@ -231,9 +231,10 @@ def test_prompts_that_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             decoder.prefill(state, prompts)
+    batcher = decoder.batcher(1, 8)
+    batcher.submit([95, 0], 1)
     with pytest.raises(ValueError, match=r"prompt\[0\] must be from 0 to 95, got 96"):
-        decoder.batcher(1, 8).submit([96], 1)
-    decoder.prefill(state, [[95], [0]])
+        batcher.submit([96], 1)
 
 
 @quick
