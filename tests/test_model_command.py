@@ -1,6 +1,5 @@
-"""The command of examples/models: its options, tokenizers, streams and errors."""
+"""The command of examples/models: its options, prompts, answers and errors."""
 
-import base64
 import contextlib
 import functools
 import io
@@ -10,89 +9,39 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
     for package in ("transformers", "tqdm", "tiktoken", "jinja2"):
         pytest.importorskip(package)
 
-import tiktoken
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.processors import TemplateProcessing
+from tiny_model import (
+    ANSWER,
+    BOS,
+    CONFIG,
+    USER,
+    byte_ids,
+    bytes_tokenizer,
+    replace,
+    write_tokenizer,
+    write_weights,
+)
 from transformers import PreTrainedTokenizerFast
 
 from examples.models import generate
 from examples.models.arguments import parse_args
-from examples.models.checkpoint import checkpoint_tensors
 from examples.models.config import ModelConfig
-from examples.models.text import Numbers, Stream, Text
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-BYTES = 256  # the tokenizer's tokens 0 to 255 are bytes, in tokenizers' order
-BOS, USER, ANSWER, TOOL = range(BYTES, BYTES + 4)
-SPECIAL = {"<bos>": BOS, "<user>": USER, "<answer>": ANSWER}
-CHAT = (
-    "{% for m in messages %}<bos><user>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<answer>{% endif %}"
-)
-CONFIG = {
-    "model_type": "deepseek_v3",
-    "vocab_size": BYTES + 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "intermediate_size": 32,
-    "n_routed_experts": 8,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 64,
-    "bos_token_id": BOS,
-    "eos_token_id": None,
-}
-
-
-def bytes_tokenizer():
-    """Each byte is a token, so most answers of random weights are not UTF-8."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name) for name in SPECIAL])
-    tokenizer.add_tokens([AddedToken("<tool>")])
-    tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
-    )
-    return tokenizer
-
-
-def write_tokenizer(folder, settings=()):
-    bytes_tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<bos>", "chat_template": CHAT, **dict(settings)}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint with random weights."""
     folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    replace(folder / "config.json", CONFIG)
     write_tokenizer(folder)
-    rng = np.random.default_rng(0)
-    save_file(
-        {
-            name: rng.normal(1 if "norm" in name else 0, 0.4, shape).astype(np.float32)
-            for name, (shape, _) in checkpoint_tensors(ModelConfig.from_hf(folder)).items()
-        },
-        folder / "model.safetensors",
-    )
+    write_weights(folder)
     return folder
 
 
@@ -102,17 +51,6 @@ def changed(folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
-
-
-def replace(path, contents):
-    path.unlink(missing_ok=True)
-    path.write_text(contents if isinstance(contents, str) else json.dumps(contents))
-
-
-def byte_ids(text, begin=(BOS,)):
-    """The tokens of ASCII letters, by hand."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return [*begin, *(alphabet.index(c) for c in text)]
 
 
 # -------------------- Answers
@@ -196,11 +134,7 @@ def test_prompts_come_from_arguments_files_and_standard_input(folder, tmp_path, 
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"e")))
     files = ["--prompt-file", whole, "--prompt-lines", by_line, "--prompt-file", "-"]
     found = prompts_of(folder, "--prompt", "x", *files, "--batch", 6)
-    texts = [
-        "x",
-        "a\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}b",
-    ]
-    assert found == [byte_ids(text) for text in [*texts, "c", "d", "e", "x"]]
+    assert found == [byte_ids(text) for text in ("x", "a\n\nb", "c", "d", "e", "x")]
 
 
 def test_bos_is_where_the_tokenizer_puts_it(changed):
@@ -220,165 +154,6 @@ def test_long_sequences_are_warned_of(folder, capsys):
     for ids, warned in ((54, False), (55, True)):
         prompts_of(folder, "--prompt-ids", "1 " * ids, "--max-tokens", 10)
         assert ("at most 64 (max_position_embeddings)" in capsys.readouterr().err) == warned
-
-
-# -------------------- Kimi's tokenizer
-
-KIMI_SPLIT = "|".join(
-    [
-        r"[\p{Han}]+",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
-        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
-        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-KIMI_TEXT = (
-    "Hello, world! 中文English混合 HTTPServer's It'S we'LL x==--->\n\n\t  y 1234567 ١٢٣\r\n"
-    "naïve ǅ ʰ が カー 日本語のテキスト e\u0301 \N{GRINNING FACE}\u200d \u3000 -- ---- aaaaaaa   "
-)
-
-
-@pytest.fixture
-def kimi(tmp_path):
-    """(a folder as Kimi-K2 is published, tiktoken's encoding of the same file)."""
-    # Merges that run over the places where a text must be split, to see whether it is.
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(
-        [KIMI_TEXT] * 5, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet)
-    )
-    to_byte = {c: bytes([i]) for i, c in enumerate(map(byte_name, range(256)))}
-    ranks = {b"".join(map(to_byte.get, token)): rank for token, rank in trained.get_vocab().items()}
-    (tmp_path / "tiktoken.model").write_bytes(
-        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    )
-    first = len(ranks)
-    names = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 4: "<|tool|>", 7: "[PAD]"}
-    settings = {
-        "tokenizer_class": "TikTokenTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
-        "added_tokens_decoder": {
-            str(first + i): {"content": name, "special": name != "<|tool|>", "normalized": False}
-            for i, name in names.items()
-        },
-        "bos_token": "[BOS]",
-        "eos_token": "[EOS]",
-        "additional_special_tokens": ["<|im_end|>"],
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "tokenization_kimi.py").write_text("raise RuntimeError('the code was run')")
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
-    names = {i: names.get(i, f"<|reserved_token_{first + i}|>") for i in range(8)}
-    special = {name: first + i for i, name in names.items()}
-    return tmp_path, tiktoken.Encoding(
-        "kimi", pat_str=KIMI_SPLIT, mergeable_ranks=ranks, special_tokens=special
-    )
-
-
-def byte_name(byte):
-    """How byte-level tokenizers write a byte: as a character that can be printed."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return chr(byte if byte in shown else 256 + sorted({*range(256)} - {*shown}).index(byte))
-
-
-def test_kimi_tokens_are_those_of_tiktoken(kimi):
-    folder, expected = kimi
-    text = Text(folder)
-    rng = np.random.default_rng(0)
-    samples = [KIMI_TEXT, *("".join(rng.permutation(list(KIMI_TEXT))) for _ in range(200))]
-    for sample in samples:
-        tokens = text.encode(sample)
-        assert tokens == expected.encode_ordinary(sample)
-        assert text.decode(tokens) == sample
-    # Without Kimi's rule of splitting the tokens differ.
-    whole = tiktoken.Encoding(
-        "other", pat_str=r"(?s).+", mergeable_ranks=expected._mergeable_ranks, special_tokens={}
-    )
-    assert text.encode(KIMI_TEXT) != whole.encode(KIMI_TEXT)
-
-
-def test_kimi_special_tokens(kimi):
-    folder, expected = kimi
-    text = Text(folder)
-    marked = "[BOS]a<|tool|>b<|im_end|>"
-    tokens = text.encode(marked)
-    assert tokens == expected.encode(marked, allowed_special="all")
-    assert text.chat("a") == expected.encode("a<|im_end|>", allowed_special="all")
-    assert text.decode(tokens) == "a<|tool|>b"  # the others are special
-    assert text.decode([expected.n_vocab - 3, *tokens[1:2]]) == "a"  # a reserved one
-
-
-# -------------------- Streams
-
-
-def all_kinds_of_text(folder):
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<s>": 2}, unk_token="a"))
-    words.add_special_tokens(["<s>"])
-    pieces = Tokenizer(
-        models.BPE(
-            {"\u2581a": 0, "b": 1, "<s>": 2, "<0xC3>": 3, "<0xA9>": 4, "\u2581": 5},
-            [],
-            byte_fallback=True,
-        )
-    )
-    pieces.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    pieces.add_special_tokens(["<s>"])
-    return Text(folder), *(
-        SimpleNamespace(decode=functools.partial(one.decode, skip_special_tokens=True))
-        for one in (words, pieces)
-    )
-
-
-def test_streams_lose_nothing(folder):
-    rng = np.random.default_rng(0)
-    by_bytes, words, pieces = all_kinds_of_text(folder)
-    letters = "aé中\N{GRINNING FACE}\N{REPLACEMENT CHARACTER} \n"
-    answers = [(Numbers(), [3, 1, 2])]
-    for _ in range(100):
-        text = "".join(rng.choice(list(letters), 12))
-        answers.append((by_bytes, by_bytes.encode(text)[rng.integers(5) : -rng.integers(1, 5)]))
-        answers.append((by_bytes, rng.integers(0, BYTES + 8, 12).tolist()))
-        answers.append((words, rng.integers(0, 3, 12).tolist()))
-        answers.append((pieces, [x for i in rng.choice([0, 1, 2, 5, 34], 9) for x in
-                                 ((3, 4) if i == 34 else (int(i),))]))  # fmt: skip
-    for text, answer in answers:
-        stream, shown = Stream(text), []
-        for begin in range(0, len(answer), 3):
-            shown.append(stream.add(answer[begin : begin + 3]))
-        shown.append(stream.end())
-        assert "".join(shown) == text.decode(answer)
-
-
-def test_a_stream_shows_whole_characters_at_once(folder):
-    text = Text(folder)
-    stream = Stream(text)
-    tokens = text.encode("wo\N{GRINNING FACE}r")[1:]
-    assert [stream.add([token]) for token in tokens] == [
-        "w",
-        "o",
-        "",
-        "",
-        "",
-        "\N{GRINNING FACE}",
-        "r",
-    ]
-    assert stream.add(tokens[:4]) == "wo"
-    assert stream.end() == "\N{REPLACEMENT CHARACTER}"
 
 
 # -------------------- Errors

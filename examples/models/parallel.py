@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .weights import Leaf, layer_leaves, leaves
+from .weights import Leaf, leaves
 
 AXIS = "device"
 
@@ -55,10 +55,9 @@ class Layout:
         sizes = {"batch": batch} if self.kind == "dp" else {}
         if self.kind == "tp":
             sizes = {"heads": config.heads}
-            layers = [layer_leaves(config, layer) for layer in range(config.layers)]
-            if any("gate_up" in layer for layer in layers):
-                sizes["mlp_width"] = config.mlp_width
-            if any("experts_gate_up" in layer for layer in layers):
+            layers = range(config.layers)
+            sizes |= {"mlp_width": config.mlp_width} if any(map(config.has_mlp, layers)) else {}
+            if any(map(config.has_experts, layers)):
                 sizes["expert_width"] = config.expert_width
         for name, size in sizes.items():
             if size % self.size:
