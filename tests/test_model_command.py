@@ -176,7 +176,7 @@ def test_errors_are_one_line(folder, changed, capsys, tmp_path_factory):
         (["--model", bare, "--prompt", "a"], "there is no tokenizer.json, tokenizer.model or"),
         (["--model", bare, "--prompt-ids", "1"], f"{bare}"),
         (["--model", broken, "--prompt", "a"], f"the tokenizer in {broken} cannot be read"),
-        (["--model", code, "--prompt", "a"], "is 'Mine', Python code that came with"),
+        (["--model", code, "--prompt", "a"], "is 'Mine', whose code is not part of"),
         (["--model", changed, "--prompt", "a", "--chat"], "has no chat template for --chat"),
         (["--model", folder, "--prompt-ids", "1,264"], "prompt 0[1] must be from 0 to 263"),
         ([*good, "--dtype", "bfloat16"], "--dtype bfloat16: XLA lacks some"),
@@ -194,13 +194,6 @@ def test_errors_are_one_line(folder, changed, capsys, tmp_path_factory):
         with pytest.raises(Exception, match=r"\w"):
             generate.main([*map(str, arguments), "--debug"])
         capsys.readouterr()
-
-
-def test_code_of_a_folder_with_tokenizer_json_is_not_run(changed):
-    auto_map = {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}
-    replace(changed / "tokenizer_config.json", {"auto_map": auto_map, "bos_token": "<bos>"})
-    replace(changed / "mine.py", "raise RuntimeError('the code was run')")
-    assert prompts_of(changed, "--prompt", "a") == [byte_ids("a")]
 
 
 M, R, P = ["--model", "x"], ["--random-weights", "x"], ["--prompt", "a"]

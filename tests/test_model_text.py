@@ -13,7 +13,16 @@ if os.environ.get("JAX_FLASHMLA_REQUIRE_TRANSFORMERS") != "1":
         pytest.importorskip(package)
 
 import tiktoken
-from tiny_model import BYTES, CONFIG, byte_name, replace, write_tokenizer, write_weights
+from tiny_model import (
+    BYTES,
+    CONFIG,
+    byte_ids,
+    byte_name,
+    bytes_tokenizer,
+    replace,
+    write_tokenizer,
+    write_weights,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.models import generate
@@ -127,15 +136,34 @@ def test_the_command_runs_a_folder_as_kimi_is_published(kimi, capsys):
     assert text == f"{Text(folder).decode(answer)}\n"
 
 
+# -------------------- tokenizer.json
+
+
+@pytest.fixture
+def folder(tmp_path):
+    replace(tmp_path / "config.json", CONFIG)
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizerFast", "Mine"])
+def test_a_class_does_not_change_what_tokenizer_json_says(folder, name):
+    """Not even one that comes with the checkpoint, which is not run."""
+    by_digit = bytes_tokenizer()
+    by_digit.model = models.BPE({byte_name(i): i for i in range(BYTES)} | {"12": 260}, [("1", "2")])
+    by_digit.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    replace(folder / "tokenizer.json", by_digit.to_str())
+    settings = {"tokenizer_class": name, "bos_token": "<bos>"}
+    if name == "Mine":
+        settings["auto_map"] = {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}
+        replace(folder / "mine.py", "raise RuntimeError('the code was run')")
+    replace(folder / "tokenizer_config.json", settings)
+    assert Text(folder).encode("a 12 é") == byte_ids("a 12 é")
+
+
 # -------------------- Streams
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    replace(folder / "config.json", CONFIG)
-    write_tokenizer(folder)
-    return folder
 
 
 def all_kinds_of_text(folder):

@@ -205,6 +205,8 @@ def in_one_line(error):
     """What an error says. Only a ValueError may take more lines: it may list tensors."""
     if isinstance(error, ValueError | OSError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"there is no module {error.name}; pip install '.[examples]' installs what is needed"
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first} (--debug shows where)"
 

@@ -106,23 +106,25 @@ def _open_tokenizer(folder):
     try:
         settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
         options = {"local_files_only": True, "trust_remote_code": False}
-        # DeepSeek's folders say here that bos is added. Besides a tokenizer.json that does not say
+        # DeepSeek's folders say here that bos is added. Beside a tokenizer.json that does not say
         # so, transformers 5 ignores it, and transformers 4, which they were made for, did not.
         if settings.get("add_bos_token"):
             options |= {key: bool(settings.get(key)) for key in ("add_bos_token", "add_eos_token")}
-        if "AutoTokenizer" not in (settings.get("auto_map") or {}):
-            return transformers.AutoTokenizer.from_pretrained(folder, **options)
-        # Its class comes with the checkpoint. But tokenizer.json has all that a tokenizer does.
+        # AutoTokenizer would build some tokenizers anew, as the class in tokenizer_config.json
+        # splits words. That may differ from tokenizer.json, and can be the checkpoint's own code.
         if (folder / "tokenizer.json").exists():
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
-        if settings.get("tokenizer_class") == "TikTokenTokenizer":
+        is_tiktoken = (folder / "tiktoken.model").exists()
+        if is_tiktoken and settings.get("tokenizer_class") == "TikTokenTokenizer":
             return _kimi_tokenizer(folder, settings)
+        if not is_tiktoken and "AutoTokenizer" not in (settings.get("auto_map") or {}):
+            return transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizers library raises nothing more precise
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the tokenizer in {folder} cannot be read: {reason}") from error
     raise ValueError(
-        f"the tokenizer in {folder} is {settings.get('tokenizer_class')!r}, Python code that came "
-        "with the checkpoint and is not run; a tokenizer.json is needed"
+        f"the tokenizer in {folder} is {settings.get('tokenizer_class')!r}, whose code is not part "
+        "of transformers and is not run; a tokenizer.json is needed"
     )
 
 
