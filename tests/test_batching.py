@@ -284,7 +284,7 @@ def toy_forward(params, config, cache, tokens, block_table, cache_seqlens, num_n
     return jax.nn.one_hot(total % VOCAB, VOCAB) * params, cache
 
 
-def sample_some(logits, key, temperature):
+def sample_some(logits, key, temperature, top_k=0):
     """A random token, or the most likely one where the temperature is 0."""
     drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-3))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
@@ -331,6 +331,12 @@ class Toy:
             for page in row[begin:end]:
                 assert (block_table == page).sum() == 1
         return self.jitted(cache, tokens, block_table, cache_seqlens, num_new, *options)
+
+
+@functools.cache
+def optional_toy():
+    """A toy whose requests have options. Compiled once too."""
+    return Toy(num_blocks=POOL, page=4, result="sampled")
 
 
 @functools.cache
@@ -561,6 +567,50 @@ def test_errors_of_submit():
     assert not batcher.busy
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         make_batcher(Toy(num_blocks=5, page=4), chunk=0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "options", "message"),
+    [
+        ([1, VOCAB], 4, {}, r"prompt\[1\] must be from 0 to 12, got 13"),
+        ([-1], 4, {}, r"prompt\[0\] must be from 0 to 12, got -1"),
+        ([2**31], 4, {}, r"prompt\[0\] must be from 0 to 12, got 2147483648"),
+        ([1.5], 4, {}, r"prompt\[0\] must be an int, got 1.5"),
+        ("hot", 4, {}, r"prompt\[0\] must be an int, got 'h'"),
+        (7, 4, {}, "prompt must be a list of tokens, got 7"),
+        ([1], 2.5, {}, "max_tokens must be an int, got 2.5"),
+        ([1], "4", {}, "max_tokens must be an int, got '4'"),
+        ([1], None, {}, "max_tokens must be an int, got None"),
+        ([1], 4, {"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+        ([1], 4, {"seed": 2**32}, "seed must be from 0 to 4294967295, got 4294967296"),
+        ([1], 4, {"seed": 0.5}, "seed must be an int, got 0.5"),
+        ([1], 4, {"temperature": "hot"}, "temperature must be a finite float32 .*, got 'hot'"),
+        ([1], 4, {"temperature": None}, "temperature must be a finite float32 .*, got None"),
+        ([1], 4, {"temperature": float("nan")}, "temperature must be a finite float32 .*, got nan"),
+        ([1], 4, {"temperature": -np.inf}, "temperature must be a finite float32 .*, got -inf"),
+        ([1], 4, {"temperature": 1e39}, "temperature must be a finite float32 .*, got 1e\\+39"),
+        ([1], 4, {"temperature": [1.0]}, "temperature must be a finite float32 .*, got"),
+        ([1], 4, {"top_k": 2.5}, "top_k must be an int, got 2.5"),
+        ([1], 4, {"top_k": 2**31}, "top_k must be from -2147483648 to 2147483647"),
+    ],
+)
+def test_what_no_step_can_run_is_refused_when_submitted(prompt, max_tokens, options, message):
+    """The request that is there before goes on."""
+    batcher = make_batcher(optional_toy(), options={"temperature": 0.0, "top_k": 0}, vocab=VOCAB)
+    before = batcher.submit([3, 1], 4)
+    batcher.step()
+    with pytest.raises(ValueError, match=message):
+        batcher.submit(prompt, max_tokens, **options)
+    after = batcher.submit(np.array([3, VOCAB - 1]), np.int64(4), temperature=np.float32(0))
+    run_checked(batcher)
+    assert_solo(before)
+    assert_solo(after)
+    assert after.number == 1
+
+
+def test_default_options_are_checked_too():
+    with pytest.raises(ValueError, match="temperature must be a finite float32 number, got inf"):
+        make_batcher(optional_toy(), options={"temperature": float("inf")})
 
 
 # -------------------- Sampling

@@ -15,6 +15,7 @@ from saved_models import CASES, YARN, load, make_model, rewrite_config, rewrite_
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from examples.models import generate
 from examples.models.decoding import Decoder, allocate
@@ -243,10 +244,11 @@ def test_decoder(model, kind):
 
 
 def save_tokenizer(folder, vocab):
-    """Saves a tokenizer in which token i is the word w<i>."""
+    """Saves a tokenizer in which token i is the word w<i>, and w1 starts every text."""
     words = WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

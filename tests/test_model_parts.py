@@ -169,8 +169,12 @@ def test_top_p_takes_no_more_tokens_than_needed():
 # -------------------- The loop
 
 
+def tiny_config(**changes):
+    return ModelConfig.from_hf(TINY | changes)
+
+
 def tiny(seed=0, **changes):
-    config = ModelConfig.from_hf(TINY | changes)
+    config = tiny_config(**changes)
     return config, random_weights(config, jax.random.key(seed), jnp.float32)
 
 
@@ -213,11 +217,24 @@ def test_the_loop_updates_the_cache_in_place(implementation):
 
 
 @quick
-def test_an_empty_prompt_is_refused():
+def test_prompts_that_are_refused():
+    """A lookup past the end of the embedding would read its last row."""
     config, params = tiny()
     decoder = Decoder(params, config, chunk=16)
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        decoder.prefill(decoder.start(2, [8, 8]), [[1], []])
+    state = decoder.start(2, [8, 8])
+    for prompts, message in (
+        ([[1], []], "prompt 1 must have at least one token"),
+        ([[1], [2, 96]], r"prompt 1\[1\] must be from 0 to 95, got 96"),
+        ([[1], [-1]], r"prompt 1\[0\] must be from 0 to 95, got -1"),
+        ([[1.5], [1]], r"prompt 0\[0\] must be an int, got 1.5"),
+        ([[1]], "1 prompts, but 2 sequences"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.prefill(state, prompts)
+    batcher = decoder.batcher(1, 8)
+    batcher.submit([95, 0], 1)
+    with pytest.raises(ValueError, match=r"prompt\[0\] must be from 0 to 95, got 96"):
+        batcher.submit([96], 1)
 
 
 @quick
@@ -261,22 +278,6 @@ def test_command_with_slots(monkeypatch):
     first, again = answers_of("--slots", "3"), answers_of("--slots", "2")
     assert first == again
     assert first != answers_of("--slots", "3", "--top-p", "0")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "x"], "--model needs a --prompt"),
-        (["--random-weights", "tiny", "--prompt", "a"], "no tokenizer"),
-        (["--model", "x", "--prompt", "a", "--prompt", "b", "--batch", "1"], "than the 2 prompts"),
-        ([*RANDOM, "--slots", "2", "--parallel", "dp"], "--slots needs one pool"),
-        ([*RANDOM, "--slots", "0"], "--slots: must be at least 1, got 0"),
-    ],
-)
-def test_arguments_that_are_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        generate.parse_args(arguments)
-    assert message in capsys.readouterr().err
 
 
 # -------------------- Continuous batching
@@ -362,10 +363,25 @@ def test_sizes_that_the_devices_do_not_divide_are_refused():
         Layout.over("tp", devices).check(config, 1)
     with pytest.raises(ValueError, match="8 devices: batch is 3"):
         Layout.over("dp", devices).check(config, 3)
+    with pytest.raises(ValueError, match="2 devices: mlp_width is 63"):
+        Layout.over("tp", devices[:2]).check(tiny_config(intermediate_size=63), 1)
+    with pytest.raises(ValueError, match="2 devices: expert_width is 31"):
+        Layout.over("tp", devices[:2]).check(tiny_config(moe_intermediate_size=31), 1)
     with pytest.raises(ValueError, match="'pp'"):
         Layout.over("pp")
     with pytest.raises(ValueError, match="one pool of pages"):
         Decoder(params, config, layout=Layout.over("dp", devices)).batcher(2, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intermediate_size": 63, "first_k_dense_replace": 0},  # no dense layer
+        {"moe_intermediate_size": 31, "first_k_dense_replace": 2},  # no layer with experts
+    ],
+)
+def test_a_width_that_no_layer_has_need_not_be_divisible(changes):
+    Layout.over("tp", jax.devices("cpu")[:2]).check(tiny_config(**changes), 1)
 
 
 # -------------------- On an H200

@@ -13,10 +13,13 @@ sampling.py       chooses the next token from logits
 decoding.py       a fixed batch: prompts in chunks, then a loop of steps on the device
 parallel.py       several devices
 block_manager.py  hands out pages, shares them, takes them back
+request.py        what a user submits, and what is refused
 batching.py       continuous batching: requests join and leave between steps
+text.py           tokenizers: text to tokens and back, as a whole or bit by bit
+arguments.py      the options of the command
 generate.py       the command: python -m examples.models.generate --help
 
-batching.py and block_manager.py work with any model.
+block_manager.py, request.py and batching.py work with any model.
 """
 
 import os

@@ -25,7 +25,6 @@ its pages, and any request fits into the pool alone (`submit` checks that). So a
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -34,26 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .block_manager import BlockManager, OutOfPages
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt and the tokens generated for it. `ContinuousBatcher.submit` makes it."""
-
-    number: int  # in the order of submission
-    tokens: list[int]  # the prompt, then the generated ones, with the end-of-sequence token
-    prompt_length: int
-    max_tokens: int
-    options: dict[str, float | int]  # for sampling
-    cached: int = 0  # tokens in the cache while it runs
-    reused: int = 0  # tokens that were in the cache already when it was last admitted
-    preemptions: int = 0
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"
-
-    @property
-    def generated(self) -> list[int]:
-        """The tokens after the prompt."""
-        return self.tokens[self.prompt_length :]
+from .request import Request, check_integer, check_option, check_tokens
 
 
 class ContinuousBatcher:
@@ -80,6 +60,9 @@ class ContinuousBatcher:
       eos: the tokens that end a request.
       options: names and defaults of the sampling options that a request may set. Floats become f32,
         ints i32. There is always one more, "seed", u32, by default the request's number.
+      vocab: the number of tokens that the model knows. `submit` refuses others. Without it,
+        `submit` refuses only what is no int32, and a token that the model does not know gives
+        whatever the step function makes of it.
     """
 
     def __init__(
@@ -94,6 +77,7 @@ class ContinuousBatcher:
         chunk: int,
         eos: Collection[int] = (),
         options: Mapping[str, float | int] | None = None,
+        vocab: int | None = None,
     ):
         for name, value in (("max_batch", max_batch), ("max_blocks", max_blocks), ("chunk", chunk)):
             if value < 1:
@@ -103,7 +87,10 @@ class ContinuousBatcher:
         self._step = step
         self._chunk = chunk
         self._eos = frozenset(eos)
-        self._options = None if options is None else dict(options)
+        self._vocab = vocab
+        self._options = None
+        if options is not None:
+            self._options = {k: check_option(k, value, value) for k, value in options.items()}
         self._slots: list[Request | None] = [None] * max_batch
         self._waiting: collections.deque[Request] = collections.deque()
         self._table = np.full((max_batch, max_blocks), -1, np.int32)
@@ -126,14 +113,14 @@ class ContinuousBatcher:
             not on the other requests in the batch.
 
         Raises:
-          ValueError: the prompt is empty, max_tokens is below 1, an option is unknown, or the
-            request needs more pages than there are.
+          ValueError: the prompt is empty or has a token that the model does not know, max_tokens is
+            below 1, an option is unknown, a value has the wrong type or is out of range, or the
+            request needs more pages than there are. Then nothing is queued, and the other requests
+            go on.
         """
-        tokens = [int(token) for token in prompt]
-        if not tokens:
-            raise ValueError("prompt must have at least one token, got none")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        # One step runs all requests. So a value that no step can take must not get that far.
+        tokens = check_tokens("prompt", prompt, self._vocab)
+        max_tokens = check_integer("max_tokens", max_tokens, 1)
         unknown = sorted(options.keys() - (self._options or {}).keys())
         if unknown or (seed is not None and self._options is None):
             known = "none" if self._options is None else ["seed", *self._options]
@@ -147,8 +134,10 @@ class ContinuousBatcher:
                 f"pages, but a sequence can have {limit}, the smaller of num_blocks and max_blocks"
             )
         number = self._submitted
+        seed = number % 2**32 if seed is None else check_integer("seed", seed, 0, 2**32 - 1)
+        options = {name: check_option(name, x, self._options[name]) for name, x in options.items()}
+        chosen = {"seed": seed, **(self._options or {}), **options}
         self._submitted += 1
-        chosen = {"seed": number if seed is None else seed, **(self._options or {}), **options}
         request = Request(number, tokens, len(tokens), max_tokens, chosen)
         self._waiting.append(request)
         return request

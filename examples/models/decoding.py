@@ -8,6 +8,7 @@ manages the pages and looks at each step's tokens on the host.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 from .batching import ContinuousBatcher, make_step
 from .model import forward, init_cache
 from .parallel import Layout
+from .request import check_tokens
 from .sampling import greedy, sample
 
 
@@ -65,6 +67,10 @@ class Decoder:
         self, params, config, *, layout=None, temperature=0.0, top_p=1.0, chunk=128,
         implementation="auto", eos=None,
     ):  # fmt: skip
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+        if not 0 <= top_p <= 1:
+            raise ValueError(f"top_p must be from 0 to 1, got {top_p}")
         self.params, self.config, self.chunk = params, config, chunk
         self.layout = layout = layout or Layout()
         self.eos = config.eos if eos is None else tuple(eos)
@@ -131,6 +137,7 @@ class Decoder:
             chunk=self.chunk,
             eos=self.eos,
             options={},  # a request has a seed and no other option
+            vocab=self.config.vocab,
         )
 
     def _empty_cache(self, pages, page_block_size, dtype):
@@ -147,12 +154,18 @@ class Decoder:
     def prefill(self, state, prompts):
         """Reads the prompts into an empty state. The returned state has each answer's first token.
 
-        Prompts are lists of tokens and must not be empty. They are padded on the left to a multiple
-        of the chunk, so that all of them end in the last chunk.
+        Prompts are lists of tokens, one for each sequence of the state. They are padded on the left
+        to a multiple of the chunk, so that all of them end in the last chunk.
+
+        Raises:
+          ValueError: the number of prompts is not that of the sequences, or a prompt is empty or
+            has a token that is not in the model's vocabulary.
         """
+        if len(prompts) != len(state.lengths):
+            raise ValueError(f"{len(prompts)} prompts, but {len(state.lengths)} sequences")
+        vocab = self.config.vocab
+        prompts = [check_tokens(f"prompt {i}", p, vocab) for i, p in enumerate(prompts)]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        if not lengths.all():
-            raise ValueError(f"prompt {int(np.argmin(lengths))} is empty: it needs a token")
         width = -(-int(lengths.max()) // self.chunk) * self.chunk
         padded = np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32)
         rows = self.layout.by_sequence

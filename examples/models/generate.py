@@ -1,119 +1,77 @@
-"""Generates text with a model of the DeepSeek family.
+"""Generates text with a model that has multi-head latent attention.
 
-    python -m examples.models.generate --model FOLDER --prompt "Why is the sky blue?"
+    python -m examples.models.generate --model FOLDER --prompt "Why is the sky blue?" --chat
+    python -m examples.models.generate --model FOLDER --prompt-lines FILE --slots 8
     python -m examples.models.generate --random-weights deepseek-v2-lite --batch 32
-    python -m examples.models.generate --model FOLDER --prompt "..." --prompt "..." --slots 1
 
-FOLDER is from Hugging Face and has config.json, tokenizer.json and *.safetensors. A prompt is used
-as it is: if the model expects a chat template, write it into the prompt. With random weights there
-is no tokenizer, so prompts are random tokens, and tokens are printed. The first answer is printed
-while it is generated, the others at the end. All sequences run at the same time, in a loop on the
-device. With --slots N, only N of them run at a time, in continuous batches.
+FOLDER is from Hugging Face and has config.json, *.safetensors and the files of a tokenizer. A
+prompt is used as it is; with --chat it is put into the tokenizer's chat template. With random
+weights there is no tokenizer, so prompts are random tokens or --prompt-ids, and tokens are printed.
+The first answer is printed while it is generated, the others at the end. All sequences run at the
+same time, in a loop on the device. With --slots N, only N of them run at a time, in continuous
+batches. What is wrong is said in one line on standard error: exit status 2 for arguments, else 1.
 """
 
-import argparse
+import os
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .config import PRESETS, ModelConfig
+from .arguments import parse_args
+from .config import ModelConfig
 from .decoding import Decoder
 from .parallel import Layout
+from .request import check_tokens
+from .text import Numbers, Stream, Text
 from .weights import load_weights, random_weights
 
 BURST = 8  # steps in one call; then the new tokens are printed
 
 
-def count(text):
-    """The type of arguments that must be at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def choose_dtype(args):
+    """The dtype of weights and cache. Refuses what only a GPU can do, before weights are read."""
+    if jax.default_backend() != "cpu":
+        return jnp.dtype(args.dtype or "bfloat16")
+    if args.implementation == "cuda":
+        raise ValueError("--implementation cuda: there is no GPU; use auto or xla")
+    if args.dtype == "bfloat16":
+        raise ValueError("--dtype bfloat16: XLA lacks some of its products on a CPU; use float32")
+    return jnp.dtype("float32")
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.models.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", metavar="FOLDER", type=Path)
-    model.add_argument("--random-weights", metavar="NAME", help=", ".join(PRESETS))
-    add("--layers", type=count, help="number of layers with random weights (default all)")
-    add("--prompt", action="append", help="may be given several times")
-    add("--prompt-tokens", type=count, default=64, help="length of random prompts (default 64)")
-    add("--batch", type=count, help="number of sequences; repeats the prompts (default one each)")
-    add("--slots", type=count, help="sequences at a time, with continuous batching (default all)")
-    add("--max-tokens", type=count, default=128, help="length of each answer (default 128)")
-    add("--temperature", type=float, default=0.0, help="0 (default): the most likely token")
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--parallel", choices=("dp", "tp"), help="split sequences or heads over all devices")
-    add("--chunk", type=count, default=128, help="tokens of a prompt read at a time (default 128)")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
-    add("--implementation", choices=("auto", "cuda", "xla"), default="auto")
-    args = parser.parse_args(argv)
-    if args.model and not args.prompt:
-        parser.error("--model needs a --prompt")
-    if args.random_weights and args.prompt:
-        parser.error("--random-weights has no tokenizer for --prompt")
-    if args.batch and args.batch < len(args.prompt or []):
-        parser.error(f"--batch {args.batch} is less than the {len(args.prompt)} prompts")
-    if args.slots and args.parallel == "dp":
-        parser.error("--slots needs one pool of pages; --parallel dp has one on each device")
-    # XLA's CPU backend lacks some of the bfloat16 matmuls.
-    args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return args
-
-
-class Text:
-    """A folder's tokenizer."""
-
-    def __init__(self, folder, config):
-        from tokenizers import Tokenizer
-
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise SystemExit(f"there is no {path}; the tokenizers library reads only this file")
-        self._tokenizer, self._bos = Tokenizer.from_file(str(path)), config.bos
-
-    def encode(self, text):
-        tokens = self._tokenizer.encode(text).ids
-        begun = self._bos is None or tokens[:1] == [self._bos]
-        return tokens if begun else [self._bos, *tokens]
-
-    def decode(self, tokens):
-        return self._tokenizer.decode(tokens)
-
-
-class Numbers:
-    """Prints tokens as numbers, where there is no tokenizer."""
-
-    def decode(self, tokens):
-        return "".join(f"{token} " for token in tokens)
+def read_prompts(args, config):
+    """(tokenizer, prompts as lists of tokens, one for each sequence)."""
+    text = Text(args.model) if any(isinstance(p, str) for p in args.prompts) else Numbers()
+    if args.prompts:
+        encode = text.chat if args.chat else getattr(text, "encode", list)
+        prompts = [encode(prompt) for prompt in args.prompts]
+    else:
+        rng = np.random.default_rng(args.seed)
+        shape = args.batch or 1, args.prompt_tokens
+        prompts = rng.integers(0, config.vocab, shape).tolist()
+    prompts = [check_tokens(f"prompt {i}", p, config.vocab) for i, p in enumerate(prompts)]
+    longest = max(map(len, prompts)) + args.max_tokens
+    if config.max_positions and longest > config.max_positions:
+        print(
+            f"warning: a sequence may get {longest} tokens, but the model was made for at most "
+            f"{config.max_positions} (max_position_embeddings)",
+            file=sys.stderr,
+        )
+    return text, [prompts[i % len(prompts)] for i in range(args.batch or len(prompts))]
 
 
 def load(args):
     """(decoder, tokenizer, prompts) for the arguments of the command."""
-    layout = Layout.over(args.parallel)
-    dtype = jnp.dtype(args.dtype)
+    layout, dtype = Layout.over(args.parallel), choose_dtype(args)
     if args.model:
         config = ModelConfig.from_hf(args.model)
-        text = Text(args.model, config)
-        prompts = [text.encode(prompt) for prompt in args.prompt]
     else:
         config = ModelConfig.named(args.random_weights, layers=args.layers)
-        text = Numbers()
-        rng = np.random.default_rng(args.seed)
-        prompts = rng.integers(0, config.vocab, (args.batch or 1, args.prompt_tokens)).tolist()
-    batch = args.batch or len(prompts)
-    prompts = [prompts[i % len(prompts)] for i in range(batch)]
+    text, prompts = read_prompts(args, config)
+    batch = len(prompts)
     layout.check(config, batch)  # before the weights, which may take a while
     if args.model:
         params = load_weights(args.model, config, dtype, layout.place)
@@ -167,19 +125,19 @@ def serve(batcher, prompts, max_tokens, *, seed=0, show=lambda answer: None):
     return [request.generated for request in requests], time.perf_counter() - began
 
 
-def streamer(text):
-    """A `show` that prints the new part of the first answer, in whole characters."""
-    printed = ""
+class Printer:
+    """Prints an answer while it grows, in whole characters."""
 
-    def show(answer):
-        nonlocal printed
-        now = text.decode(answer)
-        if not now.endswith("\N{REPLACEMENT CHARACTER}"):  # else it ends inside a character
-            print(now[len(printed) :], end="", flush=True)
-            printed = now
+    def __init__(self, text):
+        self._stream, self._printed = Stream(text), 0
+
+    def show(self, answer):
+        print(self._stream.add(answer[self._printed :]), end="", flush=True)
+        self._printed = len(answer)
         return True
 
-    return show
+    def end(self):
+        print(self._stream.end(), flush=True)
 
 
 def run_all_at_once(decoder, prompts, args, show):
@@ -206,20 +164,51 @@ def run_in_slots(decoder, prompts, args, show):
     return answers, f"{args.slots} at a time, generated {generated / seconds:.1f} tokens/s"
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def run(args):
     decoder, text, prompts = load(args)
+    printer = Printer(text)
     run = run_in_slots if args.slots else run_all_at_once
-    answers, said = run(decoder, prompts, args, streamer(text))
-    print()
-    for prompt, answer in list(zip(args.prompt or [], answers, strict=False))[1:]:
-        print(f"\n--- {prompt}\n{text.decode(answer)}")
+    answers, said = run(decoder, prompts, args, printer.show)
+    printer.end()
+    # Without a temperature, sequences with the same prompt have the same answer.
+    shown = len(prompts) if args.prompts and args.temperature else len(args.prompts)
+    for i in range(1, shown):
+        prompt = args.prompts[i % len(args.prompts)]
+        prompt = prompt if isinstance(prompt, str) else ",".join(map(str, prompt))
+        print(f"\n--- {prompt}\n{text.decode(answers[i])}")
     print(
         f"\n{len(prompts)} sequences on {decoder.layout.size} x {jax.devices()[0].device_kind}: "
         f"{said}",
         file=sys.stderr,
     )
+
+
+def main(argv=None):
+    args = parse_args(argv, __doc__)
+    try:
+        run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def in_one_line(error):
+    """What an error says. Only a ValueError may take more lines: it may list tensors."""
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"there is no module {error.name}; pip install '.[examples]' installs what is needed"
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -54,8 +54,11 @@ class Layout:
         """Raises ValueError if the number of devices does not divide a size of model or batch."""
         sizes = {"batch": batch} if self.kind == "dp" else {}
         if self.kind == "tp":
-            sizes = {"heads": config.heads, "mlp_width": config.mlp_width}
-            sizes |= {"expert_width": config.expert_width} if config.experts else {}
+            sizes = {"heads": config.heads}
+            layers = range(config.layers)
+            sizes |= {"mlp_width": config.mlp_width} if any(map(config.has_mlp, layers)) else {}
+            if any(map(config.has_experts, layers)):
+                sizes["expert_width"] = config.expert_width
         for name, size in sizes.items():
             if size % self.size:
                 raise ValueError(f"{self.kind} over {self.size} devices: {name} is {size}")
