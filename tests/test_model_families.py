@@ -5,6 +5,7 @@ absorption or pages, routing and rotary positions of its own.
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -18,10 +19,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from examples.models import generate
+from examples.models.config import ModelConfig
 from examples.models.decoding import Decoder, allocate
 from examples.models.families import FAMILIES
 from examples.models.model import forward, init_cache
 from examples.models.parallel import Layout
+from examples.models.weights import Leaf, leaves
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -199,6 +202,25 @@ def test_every_family_is_compared():
         model_types[name] = theirs.config.model_type
         assert FAMILIES[model_types[name]].compared_with == type(theirs).__name__
     assert {*model_types.values()} == FAMILIES.keys()
+
+
+# In billions, as the models' names and cards have it. The defaults of transformers' classes are the
+# sizes of the released models.
+@pytest.mark.parametrize(
+    ("model_type", "parameters"),
+    [
+        ("glm4_moe_lite", 30),
+        ("sarvam_mla", 105),
+        ("youtu", 1.96),
+        ("axk1", 519),
+        ("longcat_flash", 560),
+    ],
+)
+def test_sizes_of_released_models(model_type, parameters):
+    config = ModelConfig.from_hf({"model_type": model_type})
+    tree = jax.tree.leaves(leaves(config), is_leaf=lambda x: isinstance(x, Leaf))
+    assert sum(math.prod(x.shape) for x in tree) / 1e9 == pytest.approx(parameters, rel=0.01)
+    assert (config.entry_dim, config.kv_lora_rank) == (576, 512)  # the kernel's
 
 
 @pytest.mark.parametrize("model", ["kimi-k2", "longcat"], indirect=True)
