@@ -127,7 +127,7 @@ CASES = {
         LAYER_TYPES | TIED | HALVES | {"mlp_layer_types": ["sparse", "dense"]},
     ),
     "longcat": ("LongcatFlashConfig", PAIRED | {"rope_scaling": YARN}),
-    "longcat-other": ("LongcatFlashConfig", PAIRED | TIED | {"zero_expert_num": 0, "moe_topk": 2}),
+    "longcat-other": ("LongcatFlashConfig", PAIRED | TIED | {"zero_expert_num": 2, "moe_topk": 2}),
 }
 
 
@@ -135,11 +135,12 @@ def make_model(name, seed=0):
     """Transformers' model of a case, with random weights."""
     config_class, arguments = CASES[name]
     if config_class == "Kimi_K25Config":
+        tied = arguments["tie_word_embeddings"]
         vision = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
         config = transformers.Kimi_K25Config(
-            text_config=arguments | {"model_type": "deepseek_v3"},
+            text_config=arguments | {"model_type": "deepseek_v3", "tie_word_embeddings": not tied},
             vision_config=vision | {"num_attention_heads": 2},
-            tie_word_embeddings=arguments["tie_word_embeddings"],
+            tie_word_embeddings=tied,  # of the two only this one counts
         )
         model = transformers.Kimi_K25ForConditionalGeneration(config)
     else:

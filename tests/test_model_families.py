@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from saved_models import CASES, load, make_model, rewrite_config, rewrite_tensors, torch
+from saved_models import CASES, YARN, load, make_model, rewrite_config, rewrite_tensors, torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -33,10 +33,6 @@ CLEAR = 1e-3  # a smaller gap between the two largest logits does not decide whi
 
 
 # -------------------- Folders as they are published, where transformers saves something else
-
-
-def publish_kimi_k2(tensors):
-    pass
 
 
 def publish_kimi_k25(tensors):
@@ -64,13 +60,23 @@ def publish_longcat(tensors):
     tensors["model.mtp.norm.weight"] = torch.ones(64)
 
 
+# As Sarvam's own code reads it. Its "deepseek_yarn" is YaRN, and its head_dim that of the cache.
+SARVAM = {
+    "head_dim": 48,
+    "q_head_dim": 40,
+    "rope_parameters": None,
+    "rope_scaling": {**YARN, "type": "deepseek_yarn"},
+    "rope_theta": 10000.0,
+}
+
 # {name: (changes to config.json, changes to the tensors)}
 PUBLISHED = {
-    "kimi-k2": ({"model_type": "kimi_k2"}, publish_kimi_k2),
+    "kimi-k2": ({"model_type": "kimi_k2"}, lambda tensors: None),
     "kimi-k2.5": ({}, publish_kimi_k25),
     "glm": ({"num_nextn_predict_layers": 1}, publish_glm),
     "axk1-other": ({}, publish_axk1),
     "longcat": ({}, publish_longcat),
+    "sarvam-other": (SARVAM, lambda tensors: None),
 }
 
 

@@ -224,6 +224,7 @@ OF_ONE_FAMILY = {
         ({"mlp_layer_types": ["dense", "other"], "num_hidden_layers": 2}, "mlp_layer_types is"),
         ({"mlp_layer_types": ["dense"] * 3}, "mlp_layer_types is .* each of the 47 layers"),
         ({"first_k_dense_replace": 2}, "first_k_dense_replace is 2, but mlp_layer_types"),
+        ({"first_k_dense_replace": "1"}, "first_k_dense_replace is '1'"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
     ],
     "axk1": [({"mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* each of the 61 layers")],
@@ -235,9 +236,15 @@ OF_ONE_FAMILY = {
         ({"router_bias": True}, "router_bias is True"),
         ({"zero_expert_type": "copy"}, "zero_expert_type is 'copy'"),
         ({"qk_head_dim": 96}, "qk_head_dim is 96"),
+        ({"rope_interleave": False}, "rope_interleave is False"),
+        ({"zero_expert_num": -1}, "zero_expert_num is -1"),
+        ({"head_dim": 128}, "head_dim is 128; supported: 64"),
         ({"moe_topk": 900}, "moe_topk is 900, but .* give 768 experts"),
     ],
-    "kimi_k25": [({"text_config": {"model_type": "llama"}}, "model_type is 'llama'")],
+    "kimi_k25": [
+        ({"text_config": {"model_type": "llama"}}, "model_type is 'llama'"),
+        ({"quantization_config": {"quant_method": "int4"}}, "quant_method is 'int4'"),
+    ],
 }
 
 

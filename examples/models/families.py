@@ -88,7 +88,8 @@ def _longcat_flash(hf):
     require(hf, "router_bias", False)
     require(hf, "zero_expert_type", "identity")
     require(hf, "qk_head_dim", hf.qk_nope_head_dim + hf.qk_rope_head_dim)
-    count, zero, per_token = size(hf, "n_routed_experts"), hf.zero_expert_num, size(hf, "moe_topk")
+    count, per_token = size(hf, "n_routed_experts"), size(hf, "moe_topk")
+    zero = size(hf, "zero_expert_num", least=0)
     if per_token > count + zero:
         raise ValueError(
             f"config.json: moe_topk is {per_token}, but n_routed_experts and zero_expert_num give "

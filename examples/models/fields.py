@@ -90,7 +90,7 @@ def dense_of_layer_types(hf):
         )
     dense = tuple(i for i, kind in enumerate(types) if kind == "dense")
     first = getattr(hf, "first_k_dense_replace", None)
-    if first is not None and dense != tuple(range(first)):
+    if first is not None and dense != tuple(range(size(hf, "first_k_dense_replace", least=0))):
         raise ValueError(
             f"config.json: first_k_dense_replace is {first}, but mlp_layer_types says that the "
             f"dense layers are {list(dense)}"

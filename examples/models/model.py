@@ -1,4 +1,4 @@
-"""One forward pass of a DeepSeek-family model over a paged latent cache.
+"""One forward pass of a model with multi-head latent attention over a paged latent cache.
 
 Prefill and decode are the same function: `forward` appends new tokens of each sequence and returns
 logits. Matrices are [outputs, inputs], as in weights.py. A matrix product takes its operands in the
@@ -83,7 +83,8 @@ def forward(
 
     # Unrolled, because a scan would slice each layer out of stacked weights and so copy them (the
     # experts of a V2-Lite layer are 1.1 GB). XLA also makes one CUDA graph of unrolled layers.
-    x, late = params["embedding"][tokens].astype(jnp.float32), None
+    x = params["embedding"][tokens].astype(jnp.float32)
+    late = None  # with paired layers: what the experts of an even one add after the next
     for layer, w in enumerate(params["layers"]):
         y = rms_norm(x, w["attention_norm"], config.norm_eps)
         attended, cache = attention(w, config, y, cache, layer, step)
@@ -215,7 +216,7 @@ def mlp(gate_up, down, x):
 def experts(w, config, x, over_devices=lambda x: x):
     """The output of each token's experts plus that of the shared experts: x [b, n, m].
 
-    over_devices sums over the devices that split the experts' widths.
+    With tensor parallelism `over_devices` sums over the devices that split the experts' widths.
     """
     tokens = x.reshape(-1, x.shape[-1])
     weights, chosen = route(w, config, tokens)
