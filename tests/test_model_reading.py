@@ -123,15 +123,13 @@ PUBLISHED = {
         "topk_group": 1, "vocab_size": 163840,
     },
 }  # fmt: skip
-OF_THE_CHECKPOINT = ("bos", "eos", "fp8_block", "extra_layers")  # random weights need none of these
+OF_THE_CHECKPOINT = ("eos", "fp8_block", "extra_layers")  # random weights need none of these
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_configurations_are_the_named_ones(name):
     config = ModelConfig.from_hf(PUBLISHED[name])
-    assert (config.bos, *config.eos) == tuple(
-        PUBLISHED[name][key] for key in ("bos_token_id", "eos_token_id")
-    )
+    assert config.eos == (PUBLISHED[name]["eos_token_id"],)
     assert config.fp8_block == (None if "v2" in name else (128, 128))
     assert config.extra_layers == (name == "deepseek-v3")
     differ = [
@@ -336,15 +334,18 @@ def write(folder, name="config.json", **contents):
     (folder / name).write_text(json.dumps(contents))
 
 
-def test_generation_config_has_the_last_word_on_tokens(tmp_path):
-    write(tmp_path, **V3, bos_token_id=5, eos_token_id=6)
-    assert (lambda c: (c.bos, c.eos))(ModelConfig.from_hf(tmp_path)) == (5, (6,))
-    write(tmp_path, "generation_config.json", eos_token_id=[7, 8])
-    assert (lambda c: (c.bos, c.eos))(ModelConfig.from_hf(tmp_path)) == (5, (7, 8))
-    write(tmp_path, "generation_config.json", bos_token_id=3, eos_token_id=9)
-    assert (lambda c: (c.bos, c.eos))(ModelConfig.from_hf(str(tmp_path))) == (3, (9,))
-    write(tmp_path, "generation_config.json")
+def test_generation_config_names_the_tokens_that_end_a_text(tmp_path):
+    write(tmp_path, **V3, eos_token_id=6)
     assert ModelConfig.from_hf(tmp_path).eos == (6,)
+    write(tmp_path, "generation_config.json", eos_token_id=[7, 8])
+    assert ModelConfig.from_hf(tmp_path).eos == (7, 8)
+    write(tmp_path, "generation_config.json", eos_token_id=9)
+    assert ModelConfig.from_hf(str(tmp_path)).eos == (9,)
+    write(tmp_path, "generation_config.json", bos_token_id=3)
+    assert ModelConfig.from_hf(tmp_path).eos == (6,)
+    write(tmp_path, "generation_config.json", eos_token_id=["</s>"])
+    with pytest.raises(ValueError, match=r"eos_token_id is \['</s>'\]; it must be a token"):
+        ModelConfig.from_hf(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

@@ -46,7 +46,6 @@ class ModelConfig:
     rope_interleave: bool = True  # pairs of adjacent columns rotate, else a column of each half
     yarn: Yarn | None = None
     tied: bool = False  # the head is the embedding
-    bos: int | None = None
     eos: tuple[int, ...] = ()
     fp8_block: tuple[int, int] | None = None  # block size of the checkpoint's FP8 matrices
     extra_layers: int = 0  # layers after the model's in the checkpoint; they predict more tokens

@@ -30,7 +30,6 @@ def common(hf):
         "norm_eps": hf.rms_norm_eps,
         **rope(hf),
         "tied": bool(hf.tie_word_embeddings),
-        "bos": hf.bos_token_id,
         "eos": tokens(hf.eos_token_id),
         "max_positions": hf.max_position_embeddings,
         "fp8_block": fp8_block(getattr(hf, "quantization_config", None)),
@@ -99,7 +98,11 @@ def dense_of_layer_types(hf):
 
 
 def tokens(value):
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    """The value of eos_token_id as a tuple: it may be a token, a list of tokens, or null."""
+    found = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token, int) for token in found):
+        raise ValueError(f"eos_token_id is {value!r}; it must be a token or a list of tokens")
+    return found
 
 
 def rope(hf):

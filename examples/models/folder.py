@@ -49,17 +49,15 @@ def _configuration(name, contents):
 
 
 def _with_generation_config(config, folder):
-    """The config with the tokens of generation_config.json, if that file names any."""
+    """The config with the tokens that end a text of generation_config.json, if it names any."""
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").exists():
         return config
     found = GenerationConfig.from_dict(_read_json(folder / "generation_config.json"))
-    return dataclasses.replace(
-        config,
-        bos=config.bos if found.bos_token_id is None else found.bos_token_id,
-        eos=config.eos if found.eos_token_id is None else tokens(found.eos_token_id),
-    )
+    if found.eos_token_id is None:
+        return config
+    return dataclasses.replace(config, eos=tokens(found.eos_token_id))
 
 
 def _read_json(path):
