@@ -31,9 +31,7 @@ def parse_args(argv, description=None):
     def add_prompts(option, metavar, read, says):
         add(option, dest="prompts", metavar=metavar, type=read, action="extend", help=says)
 
-    add_prompts(
-        "--prompt", "TEXT", lambda text: [text], "all --prompt... may be repeated and mixed"
-    )
+    add_prompts("--prompt", "TEXT", lambda text: [text], "this and the next three may be repeated")
     add_prompts("--prompt-file", "FILE", whole_file, "the file is one prompt; - is standard input")
     add_prompts("--prompt-lines", "FILE", lines, "each line of the file is a prompt")
     add_prompts(
