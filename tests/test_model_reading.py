@@ -150,6 +150,15 @@ def test_absent_keys_have_the_defaults_of_transformers():
     assert (config.normalize_routing, config.shared_experts) == (False, 2)
 
 
+def test_the_outer_keys_of_kimi_k25_come_first():
+    text = TINY | {"model_type": "kimi_k2", "eos_token_id": 5, "tie_word_embeddings": False}
+    config = ModelConfig.from_hf({"model_type": "kimi_k25", "text_config": text})
+    assert (config.eos, config.tied, config.width) == ((5,), True, 64)  # True: the class's default
+    outer = {"eos_token_id": [6, 7], "tie_word_embeddings": False}
+    config = ModelConfig.from_hf({"model_type": "kimi_k25", "text_config": text} | outer)
+    assert (config.eos, config.tied) == ((6, 7), False)
+
+
 @pytest.mark.parametrize(("value", "expected"), [(True, True), (False, False), (None, False)])
 def test_rope_interleave_null_is_false(value, expected):
     assert ModelConfig.from_hf(V3).rope_interleave

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import ModelConfig
-from .fields import common, dense_of_layer_types, experts, fp8_block, require, size
+from .fields import common, dense_of_layer_types, experts, fp8_block, require, size, tokens
 
 TRANSFORMERS = "5.24"  # the release that tests compare with; pyproject.toml pins it
 
@@ -72,6 +72,7 @@ def _kimi_k25(hf):
     return dataclasses.replace(
         config,
         tied=bool(hf.tie_word_embeddings),
+        eos=tokens(getattr(hf, "eos_token_id", None)) or config.eos,
         fp8_block=fp8_block(getattr(hf, "quantization_config", None)) or config.fp8_block,
         tensor_prefix="language_model.",
         unneeded=r"(model\.)?(vision_tower|mm_projector)\.",
