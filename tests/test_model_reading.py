@@ -223,8 +223,16 @@ EVERYWHERE = (
     ({"attention_bias": True}, "attention_bias is True"),
     ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    # transformers' masks and caches heed these, in whichever model they are.
+    ({"is_causal": False}, "is_causal is False"),
+    ({"is_causal": None}, "is_causal is None"),
+    ({"sliding_window": 8}, "sliding_window is 8"),
+    ({"attention_chunk_size": 8}, "attention_chunk_size is 8"),
+    ({"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
+     "layer_types is 'sliding_attention'"),
+    ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config"),
     ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quant_method is 'compr"),
-)
+)  # fmt: skip
 OF_ONE_FAMILY = {
     "youtu": [({"mlp_bias": True}, "mlp_bias is True")],
     "glm4_moe_lite": [

@@ -11,11 +11,14 @@ from .config import Yarn
 
 def common(hf):
     """All fields of a ModelConfig but those about experts, checked."""
+    if hf.is_heterogeneous:  # before others, because its keys cannot be read then
+        raise ValueError("config.json: per_layer_config gives layers other values; not supported")
     heads = size(hf, "num_attention_heads")
     require(hf, "hidden_act", "silu")
     require(hf, "attention_bias", False)
     require(hf, "num_key_value_heads", heads)
     require(hf, "head_dim", size(hf, "qk_rope_head_dim"))  # the width that transformers rotates
+    _require_plain_causal_attention(hf)
     return {
         "vocab": size(hf, "vocab_size"),
         "width": size(hf, "hidden_size"),
@@ -35,6 +38,15 @@ def common(hf):
         "fp8_block": fp8_block(getattr(hf, "quantization_config", None)),
         "extra_layers": getattr(hf, "num_nextn_predict_layers", None) or 0,
     }
+
+
+def _require_plain_causal_attention(hf):
+    """Refuses keys that transformers' masks and caches heed, in whichever model they are."""
+    require(hf, "is_causal", True)
+    require(hf, "sliding_window", None)
+    require(hf, "attention_chunk_size", None)
+    for kind in getattr(hf, "layer_types", None) or ():
+        require({"layer_types": kind}, "layer_types", "full_attention")
 
 
 def experts(hf, topk_method, groups, normalize, dense=None):
