@@ -62,11 +62,22 @@ def test_a_type_that_is_not_supported(shard):
         ("{}", ValueError, "must be JSON .*'weight_map'"),
         ("[]", ValueError, "must be JSON"),
         ('{"weight_map": []}', ValueError, "must be JSON"),
-        ('{"weight_map": {}}', FileNotFoundError, "no .*safetensors"),
-        ('{"weight_map": {"first": "lost.safetensors"}}', FileNotFoundError, "lost.* is missing"),
+        ('{"weight_map": {}}', FileNotFoundError, "index.json names no .*safetensors"),
+        (
+            '{"weight_map": {"first": "lost.safetensors"}}',
+            FileNotFoundError,
+            "lost.* is missing",
+        ),
+        ('{"weight_map": {"first": "."}}', ValueError, "cannot be read"),  # a folder
     ],
 )
 def test_an_index_that_cannot_be_used(shard, text, error, message):
     (shard.parent / "model.safetensors.index.json").write_text(text)
     with pytest.raises(error, match=message):
+        open_folder(shard.parent)
+
+
+def test_a_link_to_a_file_that_is_not_there(shard):
+    (shard.parent / "other.safetensors").symlink_to("lost")
+    with pytest.raises(FileNotFoundError, match=r"other\.safetensors is missing.* a link"):
         open_folder(shard.parent)

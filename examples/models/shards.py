@@ -47,15 +47,18 @@ def open_folder(folder):
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = _names_in_index(index)
+        names, named_by = _names_in_index(index), f"{index.name} names it"
+        if not names:
+            raise FileNotFoundError(f"{index} names no *.safetensors: download it again")
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise FileNotFoundError(f"there are no *.safetensors in {folder}")
+        named_by = "there is a link to it"
+        if not names:
+            raise FileNotFoundError(f"there are no *.safetensors in {folder}")
     tensors = {}
     for name in names:
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing, but {index.name} names it")
+            raise FileNotFoundError(f"{folder / name} is missing, but {named_by}")
         tensors |= open_shard(folder / name)
     return tensors
 
@@ -78,6 +81,8 @@ def open_shard(path):
 
     try:
         file = safe_open(path, framework="numpy")
+    except OSError as error:  # whose text does not always name the file
+        raise ValueError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:
         raise ValueError(
             f"{path} {_damage(path) or f'is damaged: {error}; download it again'}"
