@@ -360,9 +360,21 @@ def test_generation_config_names_the_tokens_that_end_a_text(tmp_path):
     assert ModelConfig.from_hf(str(tmp_path)).eos == (9,)
     write(tmp_path, "generation_config.json", bos_token_id=3)
     assert ModelConfig.from_hf(tmp_path).eos == (6,)
-    write(tmp_path, "generation_config.json", eos_token_id=["</s>"])
-    with pytest.raises(ValueError, match=r"eos_token_id is \['</s>'\]; it must be a token"):
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"eos_token_id": ["</s>"]}, r"eos_token_id is \['</s>'\]; it must be a token"),
+        ({"max_new_tokens": -4}, ".*max_new_tokens"),  # what transformers refuses
+    ],
+)
+def test_a_generation_config_that_cannot_be_used(contents, message, tmp_path):
+    write(tmp_path, **V3)
+    write(tmp_path, "generation_config.json", **contents)
+    with pytest.raises(ValueError, match=rf"^generation_config\.json: {message}") as error:
         ModelConfig.from_hf(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

@@ -54,10 +54,12 @@ def _with_generation_config(config, folder):
 
     if not (folder / "generation_config.json").exists():
         return config
-    found = GenerationConfig.from_dict(_read_json(folder / "generation_config.json"))
-    if found.eos_token_id is None:
-        return config
-    return dataclasses.replace(config, eos=tokens(found.eos_token_id))
+    contents = _read_json(folder / "generation_config.json")
+    try:
+        eos = GenerationConfig.from_dict(contents).eos_token_id
+        return config if eos is None else dataclasses.replace(config, eos=tokens(eos))
+    except Exception as error:  # as above
+        raise ValueError(f"generation_config.json: {' '.join(str(error).split())}") from error
 
 
 def _read_json(path):
