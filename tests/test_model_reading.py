@@ -318,6 +318,8 @@ def test_an_unknown_model_type(name):
         {"rope_scaling": YARN | {"factor": 0.5, "mscale": 1.3}},
         {"rope_scaling": YARN | {"beta_fast": 4, "beta_slow": 2}},
         {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 1}},
+        {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 4}},
         {"rope_scaling": YARN | {"beta_fast": 4, "truncate": False}},
         {"rope_scaling": YARN | {"beta_fast": 4, "truncate": None}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},

@@ -25,7 +25,7 @@ def frequencies(config):
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    slowed = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    slowed = np.clip((np.arange(dim // 2) - low) / ((high - low) or 1e-3), 0, 1)
     return (plain * (1 - slowed) + plain / yarn.factor * slowed).astype(np.float32)
 
 
