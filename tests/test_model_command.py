@@ -216,6 +216,7 @@ M, R, P = ["--model", "x"], ["--random-weights", "x"], ["--prompt", "a"]
         ([*R, "--top-p", "0.5"], "--top-p needs a --temperature above 0"),
         ([*M, *P, "--seed", "1"], "--seed has no effect"),
         ([*R, "--slots", "0"], "--slots: must be at least 1, got 0"),
+        ([*R, "--max-tokens", "9999999999"], "--max-tokens: must be at most 2147483647"),
         ([*R, "--temperature", "nan"], "--temperature: must be a number of at least 0, got nan"),
         ([*R, "--temperature", "hot"], "--temperature: invalid"),
         ([*R, "--temperature", "1", "--top-p", "1.5"], "--top-p: must be from 0 to 1, got 1.5"),

@@ -90,7 +90,7 @@ def mistakes(args):
 
 
 def count(text):
-    return _integer(text, 1)
+    return _integer(text, 1, 2**31 - 1)  # as positions; more would only fill the host's memory
 
 
 def seed(text):
