@@ -364,6 +364,19 @@ def test_generation_config_names_the_tokens_that_end_a_text(tmp_path):
     assert ModelConfig.from_hf(tmp_path).eos == (6,)
 
 
+def test_what_is_not_used_of_generation_config_is_told(tmp_path, recwarn):
+    write(tmp_path, **V3)
+    drawing = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # options of the command
+    write(tmp_path, "generation_config.json", eos_token_id=7, **drawing)
+    ModelConfig.from_hf(tmp_path)
+    assert not recwarn
+    changed = {"repetition_penalty": 1.1, "suppress_tokens": [5]}
+    write(tmp_path, "generation_config.json", eos_token_id=7, **changed)
+    told = r"^generation_config.json: not used here: repetition_penalty 1.1, suppress_tokens \[5\]$"
+    with pytest.warns(UserWarning, match=told):
+        assert ModelConfig.from_hf(tmp_path).eos == (7,)
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [

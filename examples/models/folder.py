@@ -8,10 +8,19 @@ a checkpoint is never run.
 import copy
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 from .families import FAMILIES, REFUSED
 from .fields import tokens
+
+# Keys of generation_config.json that change the tokens which transformers picks.
+NOT_USED = (
+    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens",
+    "no_repeat_ngram_size", "num_beams", "penalty_alpha", "repetition_penalty", "sequence_bias",
+    "suppress_tokens",
+)  # fmt: skip
 
 
 def read(source):
@@ -49,14 +58,22 @@ def _configuration(name, contents):
 
 
 def _with_generation_config(config, folder):
-    """The config with the tokens that end a text of generation_config.json, if it names any."""
+    """The config with the tokens that end a text of generation_config.json, if it names any.
+
+    Warns of what it says besides that would change the tokens picked.
+    """
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").exists():
         return config
     contents = _read_json(folder / "generation_config.json")
     try:
-        eos = GenerationConfig.from_dict(contents).eos_token_id
+        given, default = GenerationConfig.from_dict(contents), GenerationConfig()
+        eos = given.eos_token_id
+        ignored = [k for k in NOT_USED if getattr(given, k, None) != getattr(default, k, None)]
+        if ignored:
+            names = ", ".join(f"{name} {getattr(given, name)}" for name in ignored)
+            warnings.warn(f"generation_config.json: not used here: {names}", stacklevel=2)
         return config if eos is None else dataclasses.replace(config, eos=tokens(eos))
     except Exception as error:  # as above
         raise ValueError(f"generation_config.json: {' '.join(str(error).split())}") from error
