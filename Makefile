@@ -40,7 +40,8 @@ endif
 # The tests that depend on the version of jax: all but those of benchmarks, machine code and PyTorch,
 # and some that take long.
 across := $(filter-out tests/test_benchmark% $(addprefix tests/test_,$(addsuffix .py,\
-  batch_invariance build model_families dense_decode_grid docs examples sm90)),$(wildcard tests/test_*.py))
+  batch_invariance build model_checkpoints model_families model_rope dense_decode_grid docs \
+  examples sm90)),$(wildcard tests/test_*.py))
 
 .PHONY: demo test test-gpu sanitize lint format clean
 
